@@ -1,0 +1,285 @@
+"""What every algorithm that trains a policy against a reward has in common: models, sampling, validation, saving."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from safetensors.torch import save_file
+from torch import Tensor
+from torchmetrics import Metric
+
+from elastic_lightning.algorithms.policy_metrics import PolicyMetrics
+from elastic_lightning.errors import UserError
+from elastic_lightning.functional import token_logprobs
+from elastic_lightning.policies import (
+    ActorCritic,
+    CausalLM,
+    ModelSource,
+    Prompts,
+    Responses,
+    Rollout,
+    Sampling,
+    Texts,
+    counter_uniforms,
+    decode_texts,
+    load_source,
+    make_reference,
+    sample,
+)
+from elastic_lightning.policies.actor_critic import scale
+from elastic_lightning.policies.loading import context_length, disable_dropout
+from elastic_lightning.policies.reference import ReferenceKind
+from elastic_lightning.policies.saving import save_causal
+from elastic_lightning.rewards import Reward, Scores, score
+
+VALIDATION_STEP = -1  # uniforms of validation are those of this step: every validation draws with the same luck
+
+
+class PolicyModule(LightningModule):
+    """A policy, its reference theta_0 and a reward; validated on prompts and on human text.
+
+    Validation batches are `Prompts` (sampled from and scored) or [B, L] tokens of human text (perplexity). The first
+    validation, before any training, is logged at step 0 when Lightning's sanity check runs over all batches
+    (``num_sanity_val_steps: -1``).
+
+    Args:
+        policy: the model to train.
+        reward: what is maximised.
+        sampling: how responses are drawn.
+        reference: what drift is measured against; see `elastic_lightning.policies.make_reference`.
+        separate_value_trunk: give the value function a transformer of its own.
+        scoring_batch_size: rows a forward in reference log-probabilities and validation.
+        metrics: further metrics on texts, see `PolicyMetrics`.
+        seed: of sampling; the run's ``seed_everything`` by default.
+    """
+
+    def __init__(
+        self,
+        policy: ModelSource,
+        reward: Reward,
+        sampling: Sampling,
+        reference: ReferenceKind,
+        separate_value_trunk: bool,
+        scoring_batch_size: int,
+        metrics: list[Metric] | None,
+        seed: int | None,
+    ) -> None:
+        super().__init__()
+        loaded = load_source(policy)
+        disable_dropout(loaded.model)
+        self.tokenizer = loaded.tokenizer
+        self.actor = ActorCritic(CausalLM(loaded.model), separate_value_trunk).eval()
+        self.reference = make_reference(self.actor.lm, reference, loaded.unmerged_adapter)
+        self.initial = self.reference  # what drift is measured against
+        self.reward = reward
+        self.sampling = sampling
+        self.scoring_batch_size = scoring_batch_size
+        self.policy_metrics = PolicyMetrics(metrics)
+        self.sampling_seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.ppo_step = 0
+        self._rows_drawn = 0  # of this evaluation, on this rank
+        self.strict_loading = False  # frozen weights stay out of checkpoints; on_load_checkpoint checks the rest
+        if policy.dtype != "float32" and policy.lora is None:
+            rank_zero_warn(
+                f"training all weights in {policy.dtype}: updates below its resolution are lost (at lr 1e-5 most are); "
+                "prefer policy.dtype: float32 with trainer.precision: bf16-mixed, or LoRA"
+            )
+
+    # What others ask of the module ------------------------------------------------------------------------------
+
+    def shadowed_parameters(self) -> dict[str, Tensor]:
+        """The weights that Elastic Reset averages and resets: the policy's trainable ones, not the value function's."""
+        return {name: parameter for name, parameter in self.actor.lm.named_parameters() if parameter.requires_grad}
+
+    def reference_weights(self) -> dict[str, Tensor] | None:
+        """The reference's weights by the names of `shadowed_parameters`, where it is a copy: theta_0, until moved."""
+        weights = getattr(self.reference, "weights", lambda: None)()
+        return None if weights is None else {name: weights[name] for name in self.shadowed_parameters()}
+
+    def save_pretrained(self, folder: str | Path, adapter: str = "merged") -> None:
+        """Write a folder that transformers loads: policy and tokenizer, and the value head in a file of its own."""
+        save_causal(self.actor.lm.model, self.tokenizer, folder, adapter)
+        head = {name: tensor.detach().cpu().contiguous() for name, tensor in self.actor.value_head.state_dict().items()}
+        save_file(head, Path(folder) / "value_head.safetensors")
+
+    # Sampling and scoring ---------------------------------------------------------------------------------------
+
+    def sample(self, prompts: Prompts, step: int, first_row: int = 0) -> Rollout:
+        """One response a prompt; the draws are a function of (seed, step, global row, position)."""
+        self.check_context(prompts.tokens.shape[1])
+        rows = torch.arange(len(prompts.tokens), device=self.device) + first_row
+        uniforms = counter_uniforms(self.sampling_seed, step, rows, self.sampling.max_new_tokens)
+        return sample(
+            self.actor, prompts, self.sampling, uniforms, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        )
+
+    def score(self, prompts: Prompts, responses: Responses) -> tuple[Texts, Scores]:
+        """Texts of a batch and their scores [B], on the module's device."""
+        texts = decode_texts(self.tokenizer, prompts, responses)
+        total, components = score(self.reward, texts.prompts, texts.responses)
+        return texts, Scores(total.to(self.device), {name: part.to(self.device) for name, part in components.items()})
+
+    def reference_logprobs(self, prompts: Prompts, responses: Responses) -> Tensor:
+        """Log-probabilities [B, T] of the responses under theta_0, at the sampling temperature."""
+        parts = []
+        for chunk_prompts, chunk in self._chunks(prompts, responses):
+            logits = scale(self.reference.response_logits(chunk_prompts, chunk), self.sampling.temperature)
+            parts.append(token_logprobs(logits, chunk.tokens.masked_fill(~chunk.mask, 0)))
+        return torch.cat(parts)
+
+    def _chunks(self, prompts: Prompts, responses: Responses) -> list[tuple[Prompts, Responses]]:
+        size = self.scoring_batch_size
+        return [
+            (
+                Prompts(*(x[start : start + size] for x in prompts)),
+                Responses(*(x[start : start + size] for x in responses)),
+            )
+            for start in range(0, len(prompts.tokens), size)
+        ]
+
+    # Validation, test, prediction -------------------------------------------------------------------------------
+
+    def validation_step(
+        self, batch: Prompts | Tensor, batch_idx: int, dataloader_idx: int = 0
+    ) -> list[dict[str, Any]] | None:
+        """Measure one batch; returns the rows of `predict_step` for prompts."""
+        if isinstance(batch, Tensor):
+            self.policy_metrics.update_human(self._human_logits(batch), batch)
+            return None
+        rollout = self.sample(batch, VALIDATION_STEP, self._first_row(batch))
+        texts, scores = self.score(batch, rollout.responses)
+        self.policy_metrics.update_samples(rollout.responses, texts, scores.total)
+        for prompts, responses in self._chunks(batch, rollout.responses):
+            logits = self.actor.lm.response_logits(prompts, responses)
+            initial = self.initial.response_logits(prompts, responses)
+            self.policy_metrics.update_logits(responses, logits, initial, self.sampling.temperature)
+        return _rows(texts, scores)
+
+    def on_validation_epoch_end(self) -> None:
+        values = {f"val/{name}": value for name, value in self.policy_metrics.compute_and_reset().items()}
+        if self.trainer.state.fn != "fit":
+            self.log_dict(values)
+            return
+        if self.trainer.sanity_checking and self.trainer.num_sanity_val_steps != float("inf"):
+            return  # a look at the first batches is no measurement
+        self.log_scalars(values)
+        if not self.trainer.sanity_checking:
+            # Not for the logger, whose axis is ours: for the progress bar, ModelCheckpoint and SavePretrained.
+            self.log_dict(values, logger=False)
+
+    def test_step(self, batch: Prompts | Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        values = self.policy_metrics.compute_and_reset()
+        self.log_dict({f"test/{name}": value for name, value in values.items()})
+
+    def predict_step(self, batch: Prompts, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """Prompt, response, reward and its components of each row, as plain values."""
+        rollout = self.sample(batch, VALIDATION_STEP, self._first_row(batch))
+        texts, scores = self.score(batch, rollout.responses)
+        return _rows(texts, scores)
+
+    def _human_logits(self, tokens: Tensor) -> Tensor:
+        lm = self.actor.lm
+        mask = torch.ones_like(tokens)
+        return lm.logits(lm.backbone(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state)
+
+    def on_validation_epoch_start(self) -> None:
+        self._rows_drawn = 0
+
+    def on_test_epoch_start(self) -> None:
+        self._rows_drawn = 0
+
+    def on_predict_epoch_start(self) -> None:
+        self._rows_drawn = 0
+
+    def _first_row(self, batch: Prompts) -> int:
+        """Global row of the batch's first prompt. Counted, for the last batch may be smaller than those before."""
+        first = self._rows_drawn * self.trainer.world_size + self.global_rank * len(batch.tokens)
+        self._rows_drawn += len(batch.tokens)
+        return first
+
+    # Logging on the ppo_step axis -------------------------------------------------------------------------------
+
+    @rank_zero_only
+    def log_scalars(self, values: dict[str, float]) -> None:
+        """Log at x = ppo_step. Lightning's own axis counts optimizer steps, or batches from 0."""
+        for logger in self.loggers:
+            logger.log_metrics(values, step=self.ppo_step)
+
+    # Checks and checkpoints -------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        moved = any(getattr(callback, "moves_reference", False) for callback in self.trainer.callbacks)
+        if moved and self.initial is self.reference:  # once: a later fit or validate finds the reference moved
+            self.initial = copy.deepcopy(self.reference)  # the penalty's anchor moves; drift is still from theta_0
+        longest = getattr(getattr(self.trainer, "datamodule", None), "max_prompt_tokens", None)
+        if longest is not None:
+            self.check_context(longest)
+
+    def check_context(self, prompt_tokens: int) -> None:
+        """Raise a `UserError` when prompts and responses do not fit the model's positions."""
+        context = context_length(self.actor.lm.model)
+        total = prompt_tokens + self.sampling.max_new_tokens
+        if context is not None and total > context:
+            raise UserError(
+                f"prompts of {prompt_tokens} tokens and {self.sampling.max_new_tokens} new ones make {total}, but the "
+                f"model's context is {context}: lower data's max_prompt_tokens or sampling.max_new_tokens"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what is trained; reward, reference and frozen base weights are loaded from where they came from."""
+        kept = self._checkpointed_names()
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
+        checkpoint["ppo_step"] = self.ppo_step
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved, own = checkpoint["state_dict"], self.state_dict()
+        expected = self._checkpointed_names()
+        missing, unexpected = sorted(expected - set(saved)), sorted(set(saved) - expected)
+        shapes = [name for name in expected & set(saved) if saved[name].shape != own[name].shape]
+        if missing or unexpected or shapes:
+            example = (missing + unexpected + sorted(shapes))[0]
+            raise UserError(
+                f"the checkpoint is of another model: {len(missing)} weights missing, {len(unexpected)} unexpected, "
+                f"{len(shapes)} of another shape (e.g. {example}); use the config it was trained with"
+            )
+        if "ppo_step" not in checkpoint:
+            raise UserError("the checkpoint is not of a policy trained here: it holds no ppo_step")
+        self.ppo_step = checkpoint["ppo_step"]
+
+    def _checkpointed_names(self) -> set[str]:
+        names = {f"actor.{name}" for name, parameter in self.actor.named_parameters() if parameter.requires_grad}
+        own = self.state_dict()
+        # A tied output layer is one parameter under two names.
+        pointers = {own[name].data_ptr() for name in names}
+        return {name for name, value in own.items() if name.startswith("actor.") and value.data_ptr() in pointers}
+
+    def save_plain_hyperparameters(self, ignore: list[str]) -> None:
+        """`save_hyperparameters`, with dataclasses as dicts: a checkpoint must load with ``weights_only=True``."""
+        self.save_hyperparameters(ignore=ignore)
+        for name, value in list(self.hparams.items()):
+            if is_dataclass(value):
+                self.hparams[name] = asdict(value)
+
+
+def _rows(texts: Texts, scores: Scores) -> list[dict[str, Any]]:
+    """One dict of plain values a response."""
+    return [
+        {
+            "prompt": texts.prompts[row],
+            "response": texts.responses[row],
+            "complete": texts.complete[row],
+            "reward": scores.total[row].item(),
+            **{f"reward_{name}": part[row].item() for name, part in scores.components.items()},
+        }
+        for row in range(len(texts.prompts))
+    ]

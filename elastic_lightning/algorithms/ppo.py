@@ -1,0 +1,334 @@
+"""Proximal policy optimization for language models, in manual optimization."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torchmetrics import Metric
+
+from elastic_lightning.algorithms.experience import (
+    Experience,
+    explained_variance,
+    make_experience,
+    shape_scores,
+)
+from elastic_lightning.algorithms.hyperparameters import from_plain
+from elastic_lightning.algorithms.policy_module import PolicyModule
+from elastic_lightning.algorithms.ppo_config import PPOConfig
+from elastic_lightning.algorithms.schedules import schedule_factor
+from elastic_lightning.errors import UserError
+from elastic_lightning.functional import kl_k1, kl_k3, masked_mean, ppo_policy_loss, ppo_value_loss
+from elastic_lightning.policies import ModelSource, Prompts, Rollout, Sampling, counter_uniforms, ended
+from elastic_lightning.policies.reference import ReferenceKind
+from elastic_lightning.rewards import Reward, Scores
+
+FIRST_RATIO_TOLERANCE = 0.05
+PERMUTATION_SEED = 0x5EED  # keeps the draws that order a batch apart from those that sample it
+
+
+class MiniBatch(NamedTuple):
+    """Rows of one PPO batch: everything the loss reads."""
+
+    prompts: Prompts
+    rollout: Rollout
+    experience: Experience
+
+    def rows(self, index: Tensor) -> MiniBatch:
+        """The given rows of every tensor."""
+        return MiniBatch(*(type(part)(*(tensor[index] for tensor in part)) for part in self))
+
+
+class PPO(PolicyModule):
+    """PPO with a KL penalty against the reference, one optimizer, and the PPO batch as its clock (`ppo_step`).
+
+    A training batch is `Prompts`; every batch is one rollout and `epochs` x `mini_batches` optimizer steps. REINFORCE
+    with a learned baseline is this with one epoch and one mini-batch. Dropout is off for the policy throughout.
+    """
+
+    def __init__(
+        self,
+        policy: ModelSource,
+        reward: Reward,
+        ppo: PPOConfig = PPOConfig(),  # noqa: B008 (frozen)
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        reference: ReferenceKind = "auto",
+        separate_value_trunk: bool = False,
+        scoring_batch_size: int = 32,
+        metrics: list[Metric] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        """
+        Args:
+            policy: the model to train.
+            reward: what is maximised.
+            ppo: the options of the algorithm.
+            sampling: how responses are drawn.
+            reference: what drift is measured against: adapter_off (LoRA), frozen_copy, or auto.
+            separate_value_trunk: give the value function a transformer of its own.
+            scoring_batch_size: rows a forward in reference log-probabilities and validation.
+            metrics: further metrics on sampled texts, logged at validation.
+            seed: of sampling; the run's seed_everything by default.
+        """
+        policy, ppo = from_plain(ModelSource, policy), from_plain(PPOConfig, ppo)
+        sampling = from_plain(Sampling, sampling)
+        super().__init__(policy, reward, sampling, reference, separate_value_trunk, scoring_batch_size, metrics, seed)
+        self.save_plain_hyperparameters(ignore=["reward", "metrics"])
+        self.automatic_optimization = False
+        self.config = ppo
+        self.kl_controller = ppo.kl_controller()
+        self.seconds: dict[str, float] = {}
+        self.grad_norm = torch.tensor(0.0)
+        if policy.lora is not None and policy.lora.dropout > 0:
+            rank_zero_warn("lora.dropout is 0 in reinforcement learning: the value given is not used")
+
+    # One PPO batch ----------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Prompts, batch_idx: int) -> None:
+        self._check_batch(batch)
+        with self._timed("rollout"):
+            rollout = self.sample(batch, self.ppo_step, self.global_rank * len(batch.tokens))
+        with self._timed("scoring"):
+            _, scores = self.score(batch, rollout.responses)
+            reference_logprobs = self.reference_logprobs(batch, rollout.responses)
+        shaped = shape_scores(scores.total, rollout, self.config, self.tokenizer.eos_token_id)
+        coefficient = self.kl_controller.coefficient
+        experience = make_experience(
+            rollout, shaped, reference_logprobs, coefficient, self.config, self._sum_over_ranks
+        )
+        with self._timed("update"):
+            losses = self.update(MiniBatch(batch, rollout, experience))
+        self.ppo_step += 1
+        self._log_batch(rollout, scores, reference_logprobs, experience, losses)
+        self.lr_schedulers().step()  # after the log, which shows the rate that this batch was trained with
+
+    def update(self, batch: MiniBatch) -> dict[str, float]:
+        """Epochs of mini-batches over one PPO batch; returns what was measured on the way, averaged."""
+        measured: dict[str, list[Tensor]] = defaultdict(list)
+        for epoch in range(self.config.epochs):
+            for rows in self._permutation(len(batch.prompts.tokens), epoch).tensor_split(self.config.mini_batches):
+                statistics = self._accumulate_gradient(batch.rows(rows))
+                for name, value in statistics.items():
+                    measured[name].append(value)
+                if self._moved_too_far(statistics["approx_kl"]):
+                    self.optimizers().zero_grad()
+                    return self._summarise(measured, stopped=True)
+                self.optimizers().step()
+                measured["grad_norm"].append(self.grad_norm)
+        return self._summarise(measured, stopped=False)
+
+    def _accumulate_gradient(self, batch: MiniBatch) -> dict[str, Tensor]:
+        """Backward over micro-batches. Each weighs its share of the mini-batch's tokens on all ranks, so the gradient
+        is that of one big batch on one rank."""
+        self.optimizers().zero_grad()
+        size = self.config.micro_batch_size or len(batch.prompts.tokens)
+        parts = torch.arange(len(batch.prompts.tokens), device=self.device).split(size)
+        tokens = self._sum_over_ranks(batch.rollout.mask.sum().float())
+        statistics: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        for number, rows in enumerate(parts, start=1):
+            part = batch.rows(rows)
+            share = part.rollout.mask.sum() / tokens
+            loss, measured = self._loss(part)
+            with nullcontext() if number == len(parts) else self._no_gradient_sync():
+                self.manual_backward(loss * share * self.trainer.world_size)  # DDP averages gradients over ranks
+            for name, value in measured.items():
+                if name == "ratio_deviation":
+                    statistics[name] = torch.maximum(statistics[name], value)
+                else:
+                    statistics[name] = statistics[name] + value * share
+        maximum = statistics.pop("ratio_deviation")
+        return {name: self._sum_over_ranks(value) for name, value in statistics.items()} | {"ratio_deviation": maximum}
+
+    def _loss(self, batch: MiniBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss per valid token and what is worth knowing of it, each a scalar."""
+        config, (prompts, rollout, experience) = self.config, batch
+        mask = rollout.mask
+        evaluation = self.actor(
+            prompts, rollout.responses, self.sampling.temperature, entropy_gradient=config.entropy_coefficient != 0
+        )
+        policy_loss, clip_fraction = ppo_policy_loss(
+            evaluation.logprobs, rollout.logprobs, experience.advantages, mask, config.clip
+        )
+        value_loss, value_clip_fraction = ppo_value_loss(
+            evaluation.values, rollout.values, experience.returns, mask, config.value_clip
+        )
+        entropy = masked_mean(evaluation.entropy, mask)
+        loss = policy_loss + config.value_coefficient * value_loss - config.entropy_coefficient * entropy
+        with torch.no_grad():
+            log_ratio = (evaluation.logprobs - rollout.logprobs).masked_fill(~mask, 0)
+            ratio = log_ratio.exp()
+            measured = {
+                "policy_loss": policy_loss,
+                "value_loss": value_loss,
+                "entropy": entropy,
+                "clip_fraction": clip_fraction,
+                "value_clip_fraction": value_clip_fraction,
+                "approx_kl": masked_mean(-log_ratio, mask),
+                "ratio": masked_mean(ratio, mask),
+                "ratio_deviation": (ratio - 1).abs().max(),
+            }
+        return loss, {name: value.detach() for name, value in measured.items()}
+
+    def _moved_too_far(self, approx_kl: Tensor) -> bool:
+        """Whether to stop the update; `approx_kl` is already that of all ranks, so they decide alike."""
+        return self.config.target_kl is not None and approx_kl.item() > 1.5 * self.config.target_kl
+
+    def _permutation(self, rows: int, epoch: int) -> Tensor:
+        """Order of the rows [B] in an epoch: a pure function of (seed, ppo_step, epoch)."""
+        epoch_row = torch.tensor([epoch], device=self.device)
+        return counter_uniforms(self.sampling_seed ^ PERMUTATION_SEED, self.ppo_step, epoch_row, rows)[0].argsort()
+
+    # Optimizer --------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        config = self.config
+        policy = [parameter for parameter in self.actor.lm.parameters() if parameter.requires_grad]
+        value = [*self.actor.value_head.parameters()]
+        if self.actor.value_trunk is not None:
+            value += [parameter for parameter in self.actor.value_trunk.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": policy, "lr": config.learning_rate, "name": "policy"},
+            {"params": value, "lr": config.value_learning_rate or config.learning_rate, "name": "value"},
+        ]
+        optimizer = torch.optim.AdamW(
+            groups, betas=tuple(config.adam_betas), eps=config.adam_eps, weight_decay=config.weight_decay
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: schedule_factor(config.schedule, step, config.warmup, self._total_batches())
+        )
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # Here, and not before `step`, because a gradient scaler unscales on the way.
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        limit = self.config.max_grad_norm if self.config.max_grad_norm is not None else float("inf")
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+
+    def _total_batches(self) -> float:
+        """PPO batches of the whole run; infinite until the data is there, and when no end is set."""
+        epochs = self.trainer.max_epochs
+        return self.trainer.num_training_batches * epochs if epochs and epochs > 0 else float("inf")
+
+    # Ranks ------------------------------------------------------------------------------------------------------
+
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        if self.trainer.world_size == 1:
+            return value
+        return self.trainer.strategy.reduce(value.clone(), reduce_op="sum")
+
+    def _no_gradient_sync(self):
+        block = getattr(self.trainer.strategy, "block_backward_sync", None)
+        return block() if block is not None else nullcontext()
+
+    # Measuring --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        self._synchronise()
+        start = time.perf_counter()
+        yield
+        self._synchronise()
+        self.seconds[name] = time.perf_counter() - start
+
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _summarise(self, measured: dict[str, list[Tensor]], stopped: bool) -> dict[str, float]:
+        """Means over mini-batches, and the ratio of the first one, which must be 1."""
+        summary = {name: torch.stack(values).mean().item() for name, values in measured.items()}
+        summary["first_ratio"] = measured["ratio"][0].item()
+        summary["first_ratio_deviation"] = measured["ratio_deviation"][0].item()
+        summary["optimizer_steps"] = float(len(measured["grad_norm"]))
+        summary["stopped_early"] = float(stopped)
+        if summary["first_ratio_deviation"] > FIRST_RATIO_TOLERANCE and self.ppo_step == 0:
+            rank_zero_warn(
+                f"the policy ratio deviates by {summary['first_ratio_deviation']:.3g} from 1 on the first mini-batch: "
+                "the policy that is updated is not the one that sampled. Likely causes: low precision (compare "
+                "trainer.precision: 32-true), dropout, a model that ignores position ids or padding"
+            )
+        return summary
+
+    def _log_batch(
+        self,
+        rollout: Rollout,
+        scores: Scores,
+        reference_logprobs: Tensor,
+        experience: Experience,
+        losses: dict[str, float],
+    ) -> None:
+        """Log everything of one PPO batch at its ppo_step, and move the KL controller.
+
+        Means are over all ranks; the explained variance and the first ratio's deviation are this rank's.
+        """
+        mask = rollout.mask
+        k1 = kl_k1(rollout.logprobs, reference_logprobs).masked_fill(~mask, 0)
+        k3 = kl_k3(rollout.logprobs, reference_logprobs).masked_fill(~mask, 0)
+        rows = float(len(mask))
+        sums = {
+            "rows": torch.tensor(rows),
+            "tokens": mask.sum(),
+            "reward": scores.total.sum(),
+            "reward_squared": scores.total.square().sum(),
+            "k1": k1.sum(),
+            "k3": k3.sum(),
+            "ended": ended(rollout.responses, self.tokenizer.eos_token_id).sum(),
+            "token_reward": experience.rewards.sum(),
+            **{f"reward_{name}": part.sum() for name, part in scores.components.items()},
+        }
+        packed = torch.stack([value.to(self.device, torch.float64) for value in sums.values()])
+        total = dict(zip(sums, self._sum_over_ranks(packed).tolist(), strict=True))
+        rows, tokens = total["rows"], total["tokens"]
+        mean = total["reward"] / rows
+        kl = total["k1"] / rows
+        values = {
+            "reward": mean,
+            "reward_std": max(total["reward_squared"] / rows - mean**2, 0.0) ** 0.5,
+            "return": total["token_reward"] / rows,
+            "kl": kl,
+            "kl_k3": total["k3"] / rows,
+            "kl_per_token": total["k1"] / tokens,
+            "kl_k3_per_token": total["k3"] / tokens,
+            "kl_coefficient": self.kl_controller.coefficient,
+            "length": tokens / rows,
+            "eos_rate": total["ended"] / rows,
+            "explained_variance": explained_variance(rollout.values, experience.returns, mask).item(),
+            "learning_rate": self.optimizers().param_groups[0]["lr"],
+            **{
+                name: value / rows
+                for name, value in total.items()
+                if name.startswith("reward_") and name != "reward_squared"
+            },
+            **losses,
+        }
+        self.kl_controller.update(kl, int(rows))
+        speed = {f"time/{name}_seconds": seconds for name, seconds in self.seconds.items()}
+        speed |= {f"time/{name}_tokens_per_second": tokens / seconds for name, seconds in self.seconds.items()}
+        speed["time/samples_per_second"] = rows / sum(self.seconds.values())
+        self.log_scalars({f"train/{name}": value for name, value in values.items()} | speed)
+        self.log_dict({f"train/{name}": value for name, value in values.items()} | speed, logger=False)
+
+    # Checks and checkpoints -------------------------------------------------------------------------------------
+
+    def _check_batch(self, batch: Prompts) -> None:
+        if len(batch.tokens) < self.config.mini_batches:
+            raise UserError(
+                f"a batch of {len(batch.tokens)} prompts cannot be cut into {self.config.mini_batches} mini-batches: "
+                "raise data's batch_size or lower ppo.mini_batches"
+            )
+        if not batch.mask.any(dim=1).all():
+            raise UserError("a prompt of no tokens: a policy needs one at least; drop empty prompts from the data")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["kl_controller"] = self.kl_controller.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.kl_controller.load_state_dict(checkpoint["kl_controller"])

@@ -1,0 +1,83 @@
+"""Supervised training of a reward model: a sequence classifier on labels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy
+from transformers import AutoModelForSequenceClassification
+
+from elastic_lightning.algorithms.hyperparameters import from_plain
+from elastic_lightning.algorithms.supervised import AdamWConfig, SupervisedModule
+from elastic_lightning.policies import ModelSource, load_tokenizer
+from elastic_lightning.policies.loading import add_lora, from_architecture, from_path
+
+
+class LabelledTexts(NamedTuple):
+    """`tokens` [B, L] int64 padded at the end, `mask` [B, L] bool, `labels` [B] int64."""
+
+    tokens: Tensor
+    mask: Tensor
+    labels: Tensor
+
+
+class RewardModel(SupervisedModule):
+    """Sequence classification by cross-entropy; `ClassifierReward` turns the result into a reward."""
+
+    def __init__(
+        self,
+        classifier: ModelSource,
+        labels: list[str] = ["NEGATIVE", "POSITIVE"],  # noqa: B006 (never changed)
+        optimizer: AdamWConfig = AdamWConfig(),  # noqa: B008 (frozen)
+    ) -> None:
+        """
+        Args:
+            classifier: the model to train, or the architecture to start from.
+            labels: names of the classes, in the order of their indices.
+            optimizer: AdamW and its schedule.
+        """
+        super().__init__()
+        classifier, optimizer = from_plain(ModelSource, classifier), from_plain(AdamWConfig, optimizer)
+        self.save_plain_hyperparameters()
+        self.tokenizer = load_tokenizer(classifier.tokenizer or classifier.path)
+        self.tokenizer.padding_side = "right"
+        names = {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: index for index, label in enumerate(labels)},
+        }
+        if classifier.architecture is not None:
+            model = from_architecture(AutoModelForSequenceClassification, classifier, self.tokenizer, **names)
+        else:
+            model = from_path(AutoModelForSequenceClassification, classifier, **names)
+        if classifier.lora is not None:
+            model = add_lora(model, classifier.lora, task_type="SEQ_CLS")
+        self.model = model.train()
+        self.optimizer_config = optimizer
+        self.accuracy = MulticlassAccuracy(len(labels), average="micro")
+
+    def training_step(self, batch: LabelledTexts, batch_idx: int) -> Tensor:
+        loss = torch.nn.functional.cross_entropy(self._logits(batch), batch.labels)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: LabelledTexts, batch_idx: int) -> None:
+        self._measure(batch, "val")
+
+    def test_step(self, batch: LabelledTexts, batch_idx: int) -> None:
+        self._measure(batch, "test")
+
+    def _measure(self, batch: LabelledTexts, stage: str) -> None:
+        logits = self._logits(batch)
+        self.accuracy.update(logits, batch.labels)
+        loss = torch.nn.functional.cross_entropy(logits, batch.labels)
+        self.log(f"{stage}/accuracy", self.accuracy, on_epoch=True, prog_bar=True)
+        self.log(f"{stage}/loss", loss, on_epoch=True, sync_dist=True, batch_size=len(batch.labels))
+
+    def _logits(self, batch: LabelledTexts) -> Tensor:
+        # A decoder looks for the last token that is not its pad id; one beyond the vocabulary has no embedding.
+        pad, vocabulary = self.model.config.pad_token_id, self.model.config.vocab_size
+        tokens = batch.tokens.masked_fill(~batch.mask, pad if pad is not None and pad < vocabulary else 0)
+        return self.model(input_ids=tokens, attention_mask=batch.mask.long()).logits.float()

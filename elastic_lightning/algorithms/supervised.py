@@ -1,0 +1,77 @@
+"""What the supervised stages share: AdamW, a learning-rate schedule, dataclass hyper-parameters."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from lightning import LightningModule
+from torch import nn
+
+from elastic_lightning.algorithms.schedules import Schedule, schedule_factor
+from elastic_lightning.errors import UserError
+
+
+@dataclass(frozen=True)
+class AdamWConfig:
+    """AdamW with a schedule over optimizer steps.
+
+    Attributes:
+        learning_rate: peak rate.
+        weight_decay: on matrices; biases and norms have none.
+        betas: of AdamW.
+        schedule: after the warm-up.
+        warmup: optimizer steps of linear warm-up.
+    """
+
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.98)
+    schedule: Schedule = "cosine"
+    warmup: int = 100
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise UserError(f"optimizer.learning_rate must be above 0, got {self.learning_rate}")
+        if self.schedule not in get_args(Schedule):
+            raise UserError(f"optimizer.schedule must be one of {get_args(Schedule)}, got {self.schedule!r}")
+
+
+class SupervisedModule(LightningModule):
+    """A Hugging Face model trained by automatic optimization; subclasses define the steps."""
+
+    model: nn.Module
+    optimizer_config: AdamWConfig
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        config = self.optimizer_config
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=tuple(config.betas))
+        total = self.trainer.estimated_stepping_batches
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: schedule_factor(config.schedule, step, config.warmup, total)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def shadowed_parameters(self) -> dict[str, torch.Tensor]:
+        """The weights that weight callbacks average: the trainable ones."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def save_pretrained(self, folder: str | Path, adapter: str = "merged") -> None:
+        """Write a folder that transformers loads, with the tokenizer."""
+        from elastic_lightning.policies.saving import save_causal
+
+        save_causal(self.model, self.tokenizer, folder, adapter)
+
+    def save_plain_hyperparameters(self) -> None:
+        """`save_hyperparameters`, with dataclasses as dicts: a checkpoint must load with ``weights_only=True``."""
+        self.save_hyperparameters()
+        for name, value in list(self.hparams.items()):
+            if is_dataclass(value):
+                self.hparams[name] = asdict(value)

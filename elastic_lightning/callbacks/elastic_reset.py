@@ -1,0 +1,146 @@
+"""Elastic Reset and its relatives: each is a line over initial, reference, ema and online weights."""
+
+from __future__ import annotations
+
+from lightning import LightningModule, Trainer
+
+from elastic_lightning.callbacks.weight_sets import UpdateOn, WeightSets
+from elastic_lightning.functional import copy_
+
+
+class ElasticReset(WeightSets):
+    """Every `every` training batches the online model is reset to its average, and the average to the initial model.
+
+    Noukhovitch, Lavoie, Strub, Courville: "Language Model Alignment with Elastic Reset", NeurIPS 2023
+    (https://arxiv.org/abs/2312.07551). It works on any LightningModule, in automatic or manual optimization:
+    ``Trainer(callbacks=[ElasticReset(every=260)])``. The value head of a policy is neither averaged nor reset; the
+    optimizer, learning rate and KL coefficient are left alone.
+
+    The released script resets one batch later (after batches 261, 521, ...), and does not say whether its average moves
+    once an optimizer step or once a batch: `update_on` decides, and its default is our choice.
+
+    Args:
+        decay: of the average, constant; 0.995 in the paper's released settings.
+        every: training batches between resets (for PPO: PPO batches), at the end of batch every, 2 * every, ...
+        update_on: move the average after each optimizer step or after each training batch.
+        parameters: patterns of parameter names that take part; all trainable ones by default.
+    """
+
+    uses_initial = True
+
+    def __init__(
+        self,
+        every: int,
+        decay: float = 0.995,
+        update_on: UpdateOn = "optimizer_step",
+        parameters: list[str] | None = None,
+    ) -> None:
+        super().__init__(decay, every, update_on, parameters)
+
+    def reset(self) -> None:
+        copy_(self.online, self.ema)
+        copy_(self.ema, self.initial)
+
+
+class HareTortoise(WeightSets):
+    """online <- ema every `every` batches; the average goes on (https://arxiv.org/abs/2406.02596)."""
+
+    def __init__(
+        self,
+        every: int,
+        decay: float = 0.995,
+        update_on: UpdateOn = "optimizer_step",
+        parameters: list[str] | None = None,
+    ) -> None:
+        super().__init__(decay, every, update_on, parameters)
+
+    def reset(self) -> None:
+        copy_(self.online, self.ema)
+
+
+class ResetToInitial(WeightSets):
+    """online <- initial every `every` batches: the ablation that keeps nothing but optimizer and value head."""
+
+    uses_ema = False
+    uses_initial = True
+
+    def __init__(self, every: int, parameters: list[str] | None = None) -> None:
+        super().__init__(decay=0.0, every=every, parameters=parameters)
+
+    def reset(self) -> None:
+        copy_(self.online, self.initial)
+
+
+class ReferenceReset(WeightSets):
+    """reference <- online every `every` batches: the anchor of the KL penalty follows, as in ProRL
+    (https://arxiv.org/abs/2505.24864). Drift is still measured from the initial policy."""
+
+    uses_ema = False
+    moves_reference = True
+
+    def __init__(self, every: int, parameters: list[str] | None = None) -> None:
+        super().__init__(decay=0.0, every=every, parameters=parameters)
+
+    def reset(self) -> None:
+        copy_(self.reference, self.online)
+
+
+class EMAAnchor(WeightSets):
+    """reference <- ema at every update: the KL penalty pulls towards the policy's own average, as in WARP
+    (https://arxiv.org/abs/2406.16768). Drift is still measured from the initial policy."""
+
+    moves_reference = True
+
+    def __init__(
+        self, decay: float = 0.995, update_on: UpdateOn = "optimizer_step", parameters: list[str] | None = None
+    ) -> None:
+        super().__init__(decay, every=None, update_on=update_on, parameters=parameters)
+
+    def after_update(self) -> None:
+        copy_(self.reference, self.ema)
+
+
+class EMAOnly(WeightSets):
+    """Keeps the average and never resets.
+
+    Args:
+        decay: of the average.
+        update_on: move the average after each optimizer step or after each training batch.
+        parameters: patterns of parameter names that take part; all trainable ones by default.
+        validate: run validation with the average in place of the online weights.
+        save: at the end write the average as ``<run folder>/ema`` (modules with `save_pretrained`).
+    """
+
+    def __init__(
+        self,
+        decay: float = 0.995,
+        update_on: UpdateOn = "optimizer_step",
+        parameters: list[str] | None = None,
+        validate: bool = False,
+        save: bool = True,
+    ) -> None:
+        super().__init__(decay, every=None, update_on=update_on, parameters=parameters)
+        self.validate, self.save = validate, save
+        self._swapped = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.validate and self.ema:  # the sanity check comes before the average exists
+            self._swapped = self.average_weights()
+            self._swapped.__enter__()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap_back()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._swap_back()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        writes = self.save and trainer.is_global_zero and trainer.log_dir and not trainer.fast_dev_run
+        if writes and hasattr(pl_module, "save_pretrained"):
+            with self.average_weights():
+                pl_module.save_pretrained(f"{trainer.log_dir}/ema")
+
+    def _swap_back(self) -> None:
+        if self._swapped is not None:
+            swapped, self._swapped = self._swapped, None
+            swapped.__exit__(None, None, None)

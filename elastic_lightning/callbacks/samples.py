@@ -1,0 +1,91 @@
+"""Samples of a policy, written where people look: TensorBoard text and JSONL."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+
+class SampleLogger(Callback):
+    """At each validation, writes the responses to the first prompts: always the same ones, drawn with the same luck.
+
+    Into TensorBoard as a table under "samples", and into ``<run folder>/samples.jsonl`` with ppo_step, prompt,
+    response, reward and complete (whether the response ended by itself).
+
+    Args:
+        samples: how many prompts.
+    """
+
+    def __init__(self, samples: int = 8) -> None:
+        self.samples = samples
+        self._rows: list[dict[str, Any]] = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if isinstance(outputs, list) and len(self._rows) < self.samples:
+            self._rows += outputs[: self.samples - len(self._rows)]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        rows, self._rows = self._rows, []
+        if not rows or not trainer.is_global_zero or not trainer.log_dir or trainer.fast_dev_run:
+            return
+        step = pl_module.ppo_step
+        path = Path(trainer.log_dir) / "samples.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"ppo_step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
+        for logger in trainer.loggers:
+            if hasattr(logger.experiment, "add_text"):
+                logger.experiment.add_text("samples", _markdown(rows), step)
+
+
+class ResponseWriter(BasePredictionWriter):
+    """Writes what ``predict`` returns as JSONL, one line a response; other ranks than the first add their number.
+
+    Args:
+        path: of the file; ``<run folder>/predictions.jsonl`` by default.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        super().__init__("batch")
+        self.path = path
+        self._started = False
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,
+        batch_indices: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        path = Path(self.path or f"{trainer.log_dir or trainer.default_root_dir}/predictions.jsonl")
+        if trainer.global_rank > 0:
+            path = path.with_suffix(f".rank{trainer.global_rank}{path.suffix}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a" if self._started else "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in prediction)
+        if not self._started:
+            trainer.print(f"writing responses to {path}")
+        self._started = True
+
+
+def _markdown(rows: list[dict[str, Any]]) -> str:
+    def cell(text: str) -> str:
+        return text.replace("|", "\\|").replace("\n", " ")
+
+    lines = [f"| {cell(row['prompt'])} | {cell(row['response'])} | {row['reward']:.3f} |" for row in rows]
+    return "\n".join(["| prompt | response | reward |", "|---|---|---|", *lines])

@@ -1,0 +1,145 @@
+"""The command line: LightningCLI's fit, validate, test and predict, and commands of our own beside them."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import re
+import sys
+import warnings
+
+from elastic_lightning.errors import UserError
+
+OWN_COMMANDS = {  # name -> module with main(argv), what it does
+    "pipeline": ("elastic_lightning.evaluation.pipeline", "run the stages of a pipeline file in order, then report"),
+    "report": ("elastic_lightning.evaluation.report", "table and reward-drift frontier of finished runs"),
+    "generate": ("elastic_lightning.evaluation.generate", "sample from a policy folder or checkpoint"),
+    "tokenizer": ("elastic_lightning.data.tokenizers", "train a tokenizer on a data module's texts"),
+}
+LIGHTNING_COMMANDS = {
+    "fit": "train a model on data, from a configuration file",
+    "validate": "measure on the validation data",
+    "test": "measure on the test data, and write test.json",
+    "predict": "write responses and rewards as JSONL",
+}
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status. Wrong input gives one line on stderr and status 1 (2 from a parser)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from elastic_lightning import __version__
+
+        print(__version__)
+        return 0
+    try:
+        return _run(argv[0], argv[1:])
+    except UserError as error:
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except Exception as error:
+        message = _user_mistake(error)
+        if message is None:
+            raise
+        return _fail(message, 2)
+
+
+def _run(command: str, argv: list[str]) -> int:
+    if command in OWN_COMMANDS:
+        return importlib.import_module(OWN_COMMANDS[command][0]).main(argv)
+    if command not in LIGHTNING_COMMANDS:
+        raise UserError(
+            f"unknown command {command!r}; the commands are {', '.join([*LIGHTNING_COMMANDS, *OWN_COMMANDS])}"
+        )
+    _quiet()
+    _keep_memory()
+    from elastic_lightning.lightning_cli import run_lightning
+
+    run_lightning([command, *argv])
+    return 0
+
+
+def _quiet() -> None:
+    """Silence what a user of this command line can do nothing about."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*tensorboardX.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # on purpose: no dropout
+    warnings.filterwarnings("ignore", message=".*logging interval.*")
+
+
+def _keep_memory() -> None:
+    """Let glibc keep what large tensors free instead of handing it back to the kernel.
+
+    A training step on a CPU allocates the same large tensors again and again; faulting their pages in anew each time
+    takes about a third of it.
+    """
+    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
+        return
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch: huge pages for large tensors
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(M_TOP_PAD, 64 * 2**20)
+
+
+def _user_mistake(error: Exception) -> str | None:
+    """The line to show for errors that other libraries raise for wrong input; None for everything else."""
+    cause: BaseException | None = error
+    while cause is not None:  # a parser wraps what a constructor raises
+        if isinstance(cause, UserError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    if type(error).__name__ == "ArgumentError":
+        return _condense(str(error))
+    if type(error).__name__ == "MisconfigurationException":
+        return " ".join(str(error).split())
+    return None
+
+
+def _condense(message: str) -> str:
+    """One line of a parser's message: the innermost problem, without the alternatives it tried and the whole value."""
+    problems = re.findall(
+        r"Problem with given class_path '([^']+)':\s*(.*?)(?=\n\s*- |\n\s*Given value|\Z)", message, re.S
+    )
+    unknown = re.search(r"Expected a dot import path string: (\S+)", message)
+    if problems:
+        path, reason = problems[-1]
+        message = f"{path.rsplit('.', 1)[-1]}: {reason}"
+    elif unknown:
+        message = f"there is no class {unknown[1]!r}: check its spelling, or give its full import path"
+    return " ".join(message.split())
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return status
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10} {text}" for name, text in LIGHTNING_COMMANDS.items()]
+    lines += [f"  {name:<10} {text}" for name, (_, text) in OWN_COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: elastic-lightning COMMAND ...",
+            "",
+            "Reinforcement-learning fine-tuning of language models that keeps the language.",
+            "",
+            "commands (each with --help):",
+            *lines,
+            "",
+            "start here: elastic-lightning pipeline configs/toy/pipeline.yaml",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Labelled texts served for the three stages of a run: supervised language modelling, reward modelling, prompts."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from elastic_lightning.algorithms import LabelledTexts
+from elastic_lightning.data.sampler import EpochSampler
+from elastic_lightning.data.tokenizers import train_bpe
+from elastic_lightning.errors import UserError
+from elastic_lightning.policies import Prompts, load_tokenizer
+
+Stage = Literal["language_model", "reward_model", "prompts"]
+
+
+class Reviews(NamedTuple):
+    """Texts and their labels (0 negative, 1 positive)."""
+
+    texts: list[str]
+    labels: list[int]
+
+
+class ReviewsDataModule(LightningDataModule):
+    """Base of the review tasks; a subclass overrides `load`, which yields the splits train, validation and test.
+
+    Batches:
+        language_model: tokens [B, block_size], texts packed end to end with eos between them;
+        reward_model: `LabelledTexts`, each text's last max_tokens tokens;
+        prompts: `Prompts`, the first half of a review's words, left-truncated and left-padded. Validation adds batches
+            of packed human text [B, block_size], on which the policy's perplexity is measured.
+
+    Args:
+        task: which stage to serve.
+        batch_size: rows a training batch on one process.
+        eval_batch_size: rows a validation or test batch.
+        tokenizer: hub id or folder; that of the model being trained by default.
+        block_size: tokens of a packed block.
+        max_tokens: longest text of the reward model; longer ones lose their beginning.
+        max_prompt_tokens: longest prompt; longer ones lose their beginning.
+        prompt_fraction: share of a review's words that makes the prompt.
+        eval_prompts: prompts of a validation.
+        eval_texts: human texts of a validation of the policy.
+        limit_texts: use only so many training texts.
+        seed: of the order of the data and of the split.
+    """
+
+    def __init__(
+        self,
+        task: Stage = "prompts",
+        batch_size: int = 64,
+        eval_batch_size: int = 64,
+        tokenizer: str | None = None,
+        block_size: int = 128,
+        max_tokens: int = 256,
+        max_prompt_tokens: int = 64,
+        prompt_fraction: float = 0.5,
+        eval_prompts: int = 256,
+        eval_texts: int = 256,
+        limit_texts: int | None = None,
+        seed: int = 42,
+    ) -> None:
+        super().__init__()
+        for name in ("batch_size", "eval_batch_size", "block_size", "max_tokens", "max_prompt_tokens", "eval_prompts"):
+            if locals()[name] < 1:
+                raise UserError(f"data's {name} must be 1 or more, got {locals()[name]}")
+        if not 0 < prompt_fraction < 1:
+            raise UserError(f"data's prompt_fraction must be between 0 and 1, got {prompt_fraction}")
+        self.task, self.batch_size, self.eval_batch_size = task, batch_size, eval_batch_size
+        self.tokenizer_path, self.block_size, self.max_tokens = tokenizer, block_size, max_tokens
+        self.max_prompt_tokens = max_prompt_tokens if task == "prompts" else None
+        self.prompt_fraction, self.eval_prompts, self.eval_texts = prompt_fraction, eval_prompts, eval_texts
+        self.limit_texts, self.seed = limit_texts, seed
+        self.splits: dict[str, Reviews] = {}
+        self._blocks: dict[str, Tensor] = {}
+
+    def load(self) -> dict[str, Reviews]:
+        """The splits train, validation and test."""
+        raise TypeError(f"{type(self).__name__} must override load() -> splits train, validation, test")
+
+    def train_tokenizer(self, vocabulary: int) -> PreTrainedTokenizerBase:
+        """A tokenizer for this text: byte-level BPE of the given size, trained on the training texts."""
+        return train_bpe(self.load()["train"].texts, vocabulary)
+
+    # Lightning --------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        if not self.splits:
+            splits = self.load()
+            if self.limit_texts is not None:
+                splits["train"] = Reviews(*(part[: self.limit_texts] for part in splits["train"]))
+            empty = [name for name, split in splits.items() if not split.texts]
+            if empty:
+                raise UserError(f"no texts in the split {empty[0]}: is the data empty, or limit_texts 0?")
+            self.splits = splits
+        if self.tokenizer_path is not None:
+            self.tokenizer = load_tokenizer(self.tokenizer_path)
+        elif self.trainer is not None:
+            self.tokenizer = self.trainer.lightning_module.tokenizer
+        else:
+            raise UserError("outside a Trainer the data module needs a `tokenizer` (hub id or folder)")
+        if stage == "fit":
+            self._check_size()
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader("train", self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        return self._evaluation("validation")
+
+    def test_dataloader(self) -> DataLoader | list[DataLoader]:
+        return self._evaluation("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        return self._loader("test", self.eval_batch_size, limit=self.eval_prompts)
+
+    # The three tasks --------------------------------------------------------------------------------------------
+
+    def packed(self, split: str, texts: int | None = None) -> Tensor:
+        """Blocks [N, block_size] of the split's first `texts` texts, end to end with eos between them."""
+        key = f"{split}:{texts}"
+        if key not in self._blocks:
+            self._blocks[key] = pack(self.tokenizer, self.splits[split].texts[:texts], self.block_size)
+        return self._blocks[key]
+
+    def _evaluation(self, split: str) -> DataLoader | list[DataLoader]:
+        if self.task != "prompts":
+            return self._loader(split, self.eval_batch_size)
+        blocks = self.packed(split, self.eval_texts)
+        return [
+            self._loader(split, self.eval_batch_size, limit=self.eval_prompts),
+            self._dataloader(blocks, self.eval_batch_size, shuffle=False, collate=torch.stack),
+        ]
+
+    def _loader(self, split: str, batch_size: int, shuffle: bool = False, limit: int | None = None) -> DataLoader:
+        if self.task == "language_model":
+            return self._dataloader(self.packed(split), batch_size, shuffle, torch.stack)
+        rows = list(zip(*(part[:limit] for part in self.splits[split]), strict=True))
+        collate = self._collate_labelled if self.task == "reward_model" else self._collate_prompts
+        return self._dataloader(rows, batch_size, shuffle, collate)
+
+    def _dataloader(self, rows, batch_size: int, shuffle: bool, collate) -> DataLoader:
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        sampler = EpochSampler(len(rows), batch_size, self.seed, shuffle, rank, world)
+        return DataLoader(rows, batch_size=batch_size, sampler=sampler, collate_fn=collate)
+
+    def _collate_labelled(self, rows: list[tuple[str, int]]) -> LabelledTexts:
+        texts, labels = zip(*rows, strict=True)
+        encoded = [ids[-self.max_tokens :] for ids in self.tokenizer(list(texts))["input_ids"]]
+        tokens, mask = pad(encoded, self.tokenizer.pad_token_id, left=False)
+        return LabelledTexts(tokens, mask, torch.tensor(labels))
+
+    def _collate_prompts(self, rows: list[tuple[str, int]]) -> Prompts:
+        halves = [first_words(text, self.prompt_fraction) for text, _ in rows]
+        encoded = self.tokenizer(halves, add_special_tokens=False)["input_ids"]
+        return Prompts(
+            *pad([ids[-self.max_prompt_tokens :] for ids in encoded], self.tokenizer.pad_token_id, left=True)
+        )
+
+    def _check_size(self) -> None:
+        rows = len(self.packed("train")) if self.task == "language_model" else len(self.splits["train"].texts)
+        needed = self.batch_size * (self.trainer.world_size if self.trainer is not None else 1)
+        if rows < needed:
+            raise UserError(
+                f"the training data has {rows} rows, less than one batch of {needed}: lower data's batch_size"
+            )
+
+
+def first_words(text: str, fraction: float) -> str:
+    """The first share of a text's words, one at least: the prompt of the RL4LMs IMDB task."""
+    words = text.split(" ")
+    return " ".join(words[: max(1, int(len(words) * fraction))])
+
+
+def pack(tokenizer: PreTrainedTokenizerBase, texts: list[str], block_size: int) -> Tensor:
+    """Texts end to end with eos after each, cut into blocks [N, block_size]; what is left over is dropped."""
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    stream: list[int] = []
+    for start in range(0, len(texts), 1000):
+        for ids in tokenizer(texts[start : start + 1000], add_special_tokens=False, verbose=False)["input_ids"]:
+            stream += ids + eos
+    blocks = len(stream) // block_size
+    if blocks == 0:
+        raise UserError(
+            f"{len(texts)} texts of {len(stream)} tokens do not fill one block of {block_size}: lower block_size"
+        )
+    return torch.tensor(stream[: blocks * block_size]).view(blocks, block_size)
+
+
+def pad(rows: list[list[int]], pad_token_id: int, left: bool) -> tuple[Tensor, Tensor]:
+    """Rows as tokens [B, L] int64 and mask [B, L] bool, padded on one side."""
+    length = max(1, max(len(row) for row in rows))
+    tokens = torch.full((len(rows), length), pad_token_id)
+    mask = torch.zeros(len(rows), length, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        where = slice(length - len(row), length) if left else slice(0, len(row))
+        tokens[index, where] = torch.tensor(row, dtype=torch.int64)
+        mask[index, where] = True
+    return tokens, mask

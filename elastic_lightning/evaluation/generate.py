@@ -1,0 +1,160 @@
+"""``elastic-lightning generate``: sample from a policy folder or a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from elastic_lightning.errors import UserError
+from elastic_lightning.policies import (
+    ActorCritic,
+    CausalLM,
+    LoRA,
+    ModelSource,
+    Prompts,
+    Sampling,
+    counter_uniforms,
+    decode_texts,
+    load_policy,
+    load_source,
+    sample,
+)
+from elastic_lightning.policies.loading import context_length
+
+
+def generate(
+    policy: ActorCritic,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    sampling: Sampling,
+    seed: int = 1,
+    samples: int = 1,
+    batch_size: int = 32,
+) -> list[dict[str, Any]]:
+    """Draw `samples` responses to each prompt; one dict of prompt, response and complete for each.
+
+    Raises:
+        UserError: a prompt has no tokens, or does not fit the model's context with its response.
+    """
+    repeated = [prompt for prompt in prompts for _ in range(samples)]
+    rows: list[dict[str, Any]] = []
+    for start in range(0, len(repeated), batch_size):
+        batch = _encode(tokenizer, repeated[start : start + batch_size], next(policy.parameters()).device)
+        _check_context(policy, batch, sampling)
+        index = torch.arange(len(batch.tokens), device=batch.tokens.device) + start
+        uniforms = counter_uniforms(seed, 0, index, sampling.max_new_tokens)
+        rollout = sample(policy, batch, sampling, uniforms, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        texts = decode_texts(tokenizer, batch, rollout.responses)
+        rows += [
+            {"prompt": prompt, "response": response, "complete": complete}
+            for prompt, response, complete in zip(*texts, strict=True)
+        ]
+    return rows
+
+
+def main(argv: list[str]) -> int:
+    """Parse the arguments, sample, print or write JSONL."""
+    arguments = _parser().parse_args(argv)
+    if not arguments.prompt and not arguments.prompts_file:
+        raise UserError("no prompts: give --prompt TEXT (as often as you like) or --prompts_file FILE, one a line")
+    prompts = arguments.prompt + (_read_lines(arguments.prompts_file) if arguments.prompts_file else [])
+    sampling = Sampling(
+        arguments.max_new_tokens, arguments.min_new_tokens, arguments.temperature, arguments.top_k, arguments.top_p
+    )
+    policy, tokenizer = load(arguments.model)
+    policy.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    rows = generate(policy, tokenizer, prompts, sampling, arguments.seed, arguments.samples, arguments.batch_size)
+    if arguments.output:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        Path(arguments.output).write_text(lines, encoding="utf-8")
+        print(f"wrote {len(rows)} responses to {arguments.output}")
+    else:
+        for row in rows:
+            print(row["prompt"] + row["response"])
+    return 0
+
+
+def load(path: str) -> tuple[ActorCritic, PreTrainedTokenizerBase]:
+    """Policy and tokenizer from a `save_pretrained` folder, a hub id, or a ``.ckpt`` file of a PPO run."""
+    if not path.endswith(".ckpt"):
+        loaded = load_policy(path)
+        return ActorCritic(CausalLM(loaded.model)).eval(), loaded.tokenizer
+    if not Path(path).is_file():
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"cannot load the checkpoint {path}: {str(error).splitlines()[0]}") from error
+    settings = checkpoint.get("hyper_parameters", {})
+    if "policy" not in settings:
+        raise UserError(f"{path} is not a checkpoint of a policy trained here: its hyper-parameters name no policy")
+    fields = dict(settings["policy"])
+    loaded = load_source(ModelSource(**{**fields, "lora": LoRA(**fields["lora"]) if fields.get("lora") else None}))
+    policy = ActorCritic(CausalLM(loaded.model), settings.get("separate_value_trunk", False)).eval()
+    _load_trained(policy, checkpoint["state_dict"], path)
+    return policy, loaded.tokenizer
+
+
+def _load_trained(policy: ActorCritic, state: dict[str, torch.Tensor], path: str) -> None:
+    """Put a checkpoint's weights in place; it holds the trained ones, the others came with the policy's folder."""
+    weights = {name.removeprefix("actor."): value for name, value in state.items() if name.startswith("actor.")}
+    trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    own = policy.state_dict()
+    if not trained <= set(weights) <= set(own) or any(
+        own[name].shape != value.shape for name, value in weights.items()
+    ):
+        raise UserError(f"the weights in {path} are of another model than its hyper-parameters name")
+    policy.load_state_dict(weights, strict=False)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], device: torch.device) -> Prompts:
+    encoded = tokenizer(texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
+    mask = encoded["attention_mask"].bool()
+    empty = [text for text, row in zip(texts, mask, strict=True) if not row.any()]
+    if empty:
+        raise UserError(f"the prompt {empty[0]!r} has no tokens")
+    return Prompts(encoded["input_ids"].to(device), mask.to(device))
+
+
+def _check_context(policy: ActorCritic, prompts: Prompts, sampling: Sampling) -> None:
+    context, total = context_length(policy.lm.model), prompts.tokens.shape[1] + sampling.max_new_tokens
+    if context is not None and total > context:
+        raise UserError(
+            f"a prompt of {prompts.tokens.shape[1]} tokens and {sampling.max_new_tokens} new ones make {total}, but "
+            f"the model's context is {context}: shorten the prompt or lower --max_new_tokens"
+        )
+
+
+def _read_lines(path: str) -> list[str]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prompts in {path}: {error}") from error
+    return [line for line in lines if line.strip()]
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = Sampling()
+    parser = argparse.ArgumentParser(
+        prog="elastic-lightning generate", description="Sample from a policy.", allow_abbrev=False
+    )
+    parser.add_argument("--model", required=True, help="save_pretrained folder, hub id, or .ckpt file of a PPO run")
+    parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
+    parser.add_argument("--prompts_file", help="a text file with one prompt a line")
+    parser.add_argument("--samples", type=int, default=1, help="responses a prompt")
+    parser.add_argument("--max_new_tokens", type=int, default=defaults.max_new_tokens)
+    parser.add_argument("--min_new_tokens", type=int, default=defaults.min_new_tokens)
+    parser.add_argument("--temperature", type=float, default=defaults.temperature)
+    parser.add_argument("--top_k", type=int, default=defaults.top_k, help="0 keeps all tokens, 1 is greedy")
+    parser.add_argument("--top_p", type=float, default=defaults.top_p)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--device", help="cuda where there is one, else cpu")
+    parser.add_argument("--output", help="write JSONL here instead of printing")
+    return parser

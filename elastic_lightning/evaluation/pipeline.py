@@ -1,0 +1,318 @@
+"""`elastic-lightning pipeline FILE`: run the stages of a file in order, skip what is up to date, close with the report.
+
+Each run is a process of its own with its log in `<output>/<stage>/seed_<N>/log.txt`. The file format and its checks
+are in `stages.py`, what is shown meanwhile in `progress.py`.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rich.console import Console
+
+from elastic_lightning.errors import UserError
+from elastic_lightning.evaluation import report
+from elastic_lightning.evaluation.progress import LOG, Job, display, duration, tail
+from elastic_lightning.evaluation.stages import Pipeline, Run, nearest, read_pipeline
+
+PROGRAM = (sys.executable, "-m", "elastic_lightning.cli")
+MARKER = ".pipeline"  # lies in every folder that a pipeline made and may therefore empty
+RECORD = "stage.json"  # written last, so a run that was killed has none
+PATIENCE = 10.0  # seconds from SIGTERM to SIGKILL
+
+
+# ---- what is up to date ---------------------------------------------------------------------------------------------
+
+
+def completion(run: Run, upstream: dict[str, str]) -> str | None:
+    """The id of the run's last completion, if neither its recipe, its outputs nor its upstream changed since.
+
+    Args:
+        run: the run asked about.
+        upstream: ids of the current completions of the runs before it, by name.
+    """
+    try:
+        record = json.loads((run.folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # never completed, or not ours to understand: it runs
+        return None
+    now = {"fingerprint": run.fingerprint, "upstream": {need: upstream.get(need) for need in run.needs}}
+    same = all(record.get(key) == value for key, value in now.items())
+    return record.get("id") if same and all(path.exists() for path in run.produces) else None
+
+
+def completions(pipeline: Pipeline) -> dict[str, str]:
+    """Ids of all runs that are up to date, by name."""
+    ids: dict[str, str] = {}
+    for name, run in pipeline.runs.items():  # upstream first
+        found = completion(run, ids)
+        if found and all(need in ids for need in run.needs):
+            ids[name] = found
+    return ids
+
+
+def write_record(job: Job, upstream: dict[str, str]) -> str:
+    """Mark a run complete, in one step, and return the id of this completion."""
+    run = job.run
+    record = {
+        "id": uuid.uuid4().hex,
+        "fingerprint": run.fingerprint,
+        "upstream": {need: upstream[need] for need in run.needs},
+        "arguments": run.arguments,
+        "seconds": round(job.seconds, 1),
+    }
+    half_written = run.folder / f"{RECORD}.tmp"
+    half_written.write_text(json.dumps(record, indent=2), encoding="utf-8")
+    os.replace(half_written, run.folder / RECORD)
+    return record["id"]
+
+
+def select(pipeline: Pipeline, only: list[str] | None) -> list[Run]:
+    """The runs of the stages named, or all.
+
+    Raises:
+        UserError: no such stage, or a stage before them is left out and not up to date (or would not stay so).
+    """
+    stages = list(dict.fromkeys(run.stage for run in pipeline.runs.values()))
+    for stage in only or []:
+        if stage not in stages:
+            raise UserError(f"--only: unknown stage {stage!r}{nearest(stage, stages)}")
+    chosen = {name: run for name, run in pipeline.runs.items() if not only or run.stage in only}
+    ids = completions(pipeline)
+    for need in sorted(ancestors(pipeline, chosen) - set(chosen)):
+        stage = pipeline.runs[need].stage
+        if need not in ids:
+            raise UserError(f"--only: {need} must be complete and up to date before: add {stage!r} to --only")
+        if ancestors(pipeline, [need]) & set(chosen):
+            raise UserError(f"--only: {stage!r} stands between the stages named: add it to --only")
+    return list(chosen.values())
+
+
+def ancestors(pipeline: Pipeline, names) -> set[str]:
+    """The names of all runs that come before the named ones."""
+    found = {need for name in names for need in pipeline.runs[name].needs}
+    return found | ancestors(pipeline, found) if found else found
+
+
+# ---- one run --------------------------------------------------------------------------------------------------------
+
+
+def check_folder(run: Run) -> None:
+    """Refuse a folder with somebody else's files in it; a pipeline empties only what a pipeline made."""
+    folder = run.folder
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"{folder} is not a plain folder: move it away or choose another --output")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file():
+        raise UserError(f"{folder} was not made by a pipeline: move it away or choose another --output")
+
+
+def empty_folder(run: Run) -> None:
+    """Make the run's folder, with nothing but the marker in it; the marker stays throughout."""
+    check_folder(run)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / MARKER).touch()
+    for path in run.folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != MARKER:
+            path.unlink()
+
+
+def start(job: Job, program: tuple[str, ...], threads: int) -> None:
+    """Start a run in a process group of its own, so that it stops with all its workers."""
+    empty_folder(job.run)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    with (job.run.folder / LOG).open("wb") as log:
+        job.process = subprocess.Popen(
+            [*program, *job.run.arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+    job.state, job.started = "running", time.monotonic()
+
+
+def stop(jobs: list[Job]) -> None:
+    """End running jobs and their workers: SIGTERM first, SIGKILL for what is left."""
+    running = [job for job in jobs if job.state == "running"]
+    signal_groups(running, signal.SIGTERM)
+    deadline = time.monotonic() + PATIENCE
+    for job in running:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            job.process.wait(max(0.0, deadline - time.monotonic()))
+    signal_groups(running, signal.SIGKILL)
+    for job in running:
+        job.process.wait()
+        job.end("stopped")
+
+
+def signal_groups(jobs: list[Job], number: int) -> None:
+    """Send a signal to every process of the jobs' groups that still is there."""
+    for job in jobs:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(job.process.pid, number)
+
+
+def failure(job: Job) -> str | None:
+    """Why an ended run does not count as complete, or None."""
+    if job.process.returncode:
+        return f"exit status {job.process.returncode}"
+    lacking = [str(path) for path in job.run.produces if not path.exists()]
+    return f"it ended without writing {', '.join(lacking)}" if lacking else None
+
+
+# ---- all runs -------------------------------------------------------------------------------------------------------
+
+
+def run(pipeline: Pipeline, program=PROGRAM, only=None, force=False, console: Console | None = None) -> int:
+    """Run a pipeline's stages and the closing report.
+
+    Args:
+        pipeline: from `read_pipeline`.
+        program: the command that the stages' arguments follow.
+        only: names of the stages to run, default all.
+        force: run them although they are up to date.
+        console: where to show the progress and the table.
+
+    Returns:
+        0, 1 if a run failed, 130 after Ctrl-C.
+
+    Raises:
+        UserError: `only` names a stage wrongly, or a run's folder holds files that no pipeline made.
+    """
+    console = console or Console()
+    began = time.monotonic()
+    chosen = select(pipeline, only)
+    for item in chosen:
+        check_folder(item)
+    jobs = [Job(item) for item in chosen]
+    try:
+        failed = run_jobs(pipeline, jobs, tuple(program), force, console)
+    except KeyboardInterrupt:
+        console.print("Interrupted; the same command goes on with the stages that are not complete.")
+        return 130
+    if failed:
+        tell_failure(failed, console)
+        return 1
+    close(pipeline, console)
+    total = duration(time.monotonic() - began)
+    console.print(f"Finished in {total}. Runs and TensorBoard logs: {pipeline.output}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def run_jobs(pipeline: Pipeline, jobs: list[Job], program, force: bool, console: Console) -> Job | None:
+    """Run the jobs, upstream first, several at once; stop at the first that fails and return it."""
+    names = {job.run.name for job in jobs}
+    ids = {name: found for name, found in completions(pipeline).items() if name not in names}
+    threads = max(1, cores() // pipeline.jobs)
+    with terminable(), display(jobs, console) as show:
+        try:
+            while any(job.state in ("waiting", "running") for job in jobs):
+                end_finished(jobs, ids)
+                if any(job.state == "failed" for job in jobs):
+                    break
+                start_ready(jobs, ids, pipeline.jobs, force, lambda job: start(job, program, threads))
+                show()
+                time.sleep(0.1)
+        finally:
+            stop(jobs)
+            show()
+    return next((job for job in jobs if job.state == "failed"), None)
+
+
+def end_finished(jobs: list[Job], ids: dict[str, str]) -> None:
+    """Take note of the processes that ended."""
+    for job in jobs:
+        if job.state == "running" and job.process.poll() is not None:
+            job.end("failed" if failure(job) else "done")
+            if job.state == "done":
+                ids[job.run.name] = write_record(job, ids)
+
+
+def start_ready(jobs: list[Job], ids: dict[str, str], limit: int, force: bool, begin: Callable[[Job], None]) -> None:
+    """Skip or start the jobs whose upstream is complete, `limit` at once."""
+    for job in jobs:
+        if job.state != "waiting" or not all(need in ids for need in job.run.needs):
+            continue
+        found = None if force else completion(job.run, ids)
+        if found:
+            job.state, ids[job.run.name] = "skipped", found
+        elif sum(other.state == "running" for other in jobs) < limit:
+            begin(job)
+
+
+def cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP unwind like an exception: the stages live in their own sessions and would outlive us."""
+
+    def leave(number, frame):
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # Python sets handlers in the main thread alone
+        yield
+        return
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---- the end -------------------------------------------------------------------------------------------------------
+
+
+def tell_failure(job: Job, console: Console) -> None:
+    """Which run failed, why, where its log is and how it ends."""
+    log = job.run.folder / LOG
+    lines = [f"{job.run.name} failed: {failure(job)}", f"Its log: {log}", *(f"  {line}" for line in tail(log, 20))]
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def close(pipeline: Pipeline, console: Console) -> None:
+    """Report over the runs that are up to date: those marked `report: true`, or else every fit with the reward tag."""
+    tags = {"reward": report.REWARD, "drift": report.DRIFT, **pipeline.report}
+    marked = [run for run in pipeline.runs.values() if run.report]
+    wanted = marked or [run for run in pipeline.runs.values() if run.arguments[0] == "fit"]
+    ids = completions(pipeline)
+    folders = [run.folder for run in wanted if run.name in ids]
+    runs, left_out = report.collect(folders, tags["reward"], tags["drift"])
+    if runs:
+        output = pipeline.output / "report"
+        report.make_report(runs, left_out if marked else [], output, tags["reward"], tags["drift"], console)
+    else:
+        console.print(f"No report: no complete run logged {tags['reward']} and {tags['drift']}.", highlight=False)
+
+
+def main(argv: list[str]) -> int:
+    """`elastic-lightning pipeline FILE [--data DIR] [--output DIR] [--jobs N] [--only STAGE ...] [--force]`.
+
+    Raises:
+        UserError: anything is wrong with the file or the arguments; nothing has run then.
+    """
+    parser = argparse.ArgumentParser(prog="elastic-lightning pipeline", description=__doc__, allow_abbrev=False)
+    parser.add_argument("file", type=Path, metavar="FILE", help="the pipeline, a YAML file")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="the folder that {data} stands for in the file")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where the runs go, instead of the file's 'output'")
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs at once, each with cores // N threads")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="run these stages; those before must be complete")
+    parser.add_argument("--force", action="store_true", help="run stages although they are up to date")
+    given = parser.parse_args(argv)
+    pipeline = read_pipeline(given.file, given.data, given.output, given.jobs)
+    return run(pipeline, only=given.only, force=given.force)

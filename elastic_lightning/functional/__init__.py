@@ -1,0 +1,45 @@
+"""Pure functions on tensors: no model, no trainer, and no import but torch."""
+
+from elastic_lightning.functional.advantages import gae, masked_mean, whiten, zero_padding
+from elastic_lightning.functional.diversity import distinct_n, ngrams, unique_rows
+from elastic_lightning.functional.kl import (
+    AdaptiveKL,
+    FixedKL,
+    entropy,
+    exact_kl,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    token_logprobs,
+)
+from elastic_lightning.functional.losses import ppo_policy_loss, ppo_value_loss
+from elastic_lightning.functional.ngram import bigram_perplexity
+from elastic_lightning.functional.precision import at_least_float32
+from elastic_lightning.functional.weights import copy_, distance, float32_copy, lerp_, slerp
+
+__all__ = [
+    "AdaptiveKL",
+    "FixedKL",
+    "at_least_float32",
+    "bigram_perplexity",
+    "copy_",
+    "distance",
+    "distinct_n",
+    "entropy",
+    "exact_kl",
+    "float32_copy",
+    "gae",
+    "kl_k1",
+    "kl_k2",
+    "kl_k3",
+    "lerp_",
+    "masked_mean",
+    "ngrams",
+    "ppo_policy_loss",
+    "ppo_value_loss",
+    "slerp",
+    "token_logprobs",
+    "unique_rows",
+    "whiten",
+    "zero_padding",
+]

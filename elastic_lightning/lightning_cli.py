@@ -1,0 +1,130 @@
+"""LightningCLI as this project uses it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from elastic_lightning import algorithms, callbacks, data, rewards
+from elastic_lightning.callbacks import ResponseWriter, RunProgress
+from elastic_lightning.errors import UserError
+
+PACKAGES = (algorithms, callbacks, data, rewards)  # imported so that their classes are known by their short names
+
+
+class ElasticCLI(LightningCLI):
+    """fit, validate, test and predict over any of our modules.
+
+    Other than LightningCLI: no abbreviated flags; nothing is written over an earlier run; what is given on the command
+    line or in a file wins over a checkpoint's hyper-parameters (differences are printed).
+    """
+
+    def __init__(self, args: ArgsType = None) -> None:
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"use_distributed_sampler": False, "log_every_n_steps": 1},
+            seed_everything_default=1,
+            parser_kwargs={"allow_abbrev": False, "exit_on_error": False},
+            args=args,
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        self.config = parser.parse_args(args)  # without Lightning's warning that sys.argv is there too
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning lets the checkpoint's hyper-parameters win over explicit ones; here they are only compared."""
+        settings = self.config.get(self.config.get("subcommand"), {})
+        path = settings.get("ckpt_path")
+        if not path or path in ("last", "best", "hpc"):
+            return
+        if not Path(path).is_file():
+            raise UserError(f"no checkpoint at {path}")
+        try:
+            saved = torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
+        except Exception as error:
+            raise UserError(f"cannot load the checkpoint {path}: {str(error).splitlines()[0]}") from error
+        given = settings.get("model", {}).get("init_args", {})
+        given = given.as_dict() if hasattr(given, "as_dict") else dict(given)
+        for name, value in sorted(_flat(given).items()):
+            before = _flat(saved).get(name, value)
+            if before != value:
+                print(f"note: {name} is {value!r} here, and was {before!r} when the checkpoint was written")
+
+    def after_instantiate_classes(self) -> None:
+        """Keep all of the model's configuration in its checkpoints, also what stands for objects such as the reward:
+        `load_from_checkpoint` then builds the whole module."""
+        self._dump_config()
+        self.model.hparams.update(self.config_dump["model"].get("init_args", {}))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        callbacks = self._get(self.config_init, "trainer").get("callbacks") or []
+        extra = [ResponseWriter()]
+        if self._get(self.config_init, "trainer").get("enable_progress_bar") is not False and not any(
+            isinstance(callback, ProgressBar) for callback in callbacks
+        ):
+            extra.append(RunProgress())
+        if not any(isinstance(callback, Checkpoint) for callback in callbacks):
+            # Lightning's own default would count optimizer steps and keep frozen weights' worth of epochs.
+            kwargs.setdefault("enable_checkpointing", False)
+        self.trainer_defaults = {**self.trainer_defaults, "callbacks": extra}
+        return super().instantiate_trainer(**kwargs)
+
+    def fit(self, **arguments: Any) -> None:
+        folder = Path(self.trainer.log_dir) if self.trainer.log_dir and not self.trainer.fast_dev_run else None
+        resuming = arguments.get("ckpt_path") is not None
+        if folder and not resuming and any(folder.glob("events.out.tfevents.*")):
+            raise UserError(
+                f"{folder} already holds a run: remove it, choose another trainer.logger.init_args.version, "
+                "or resume with --ckpt_path"
+            )
+        fresh = folder is not None and not folder.exists()
+        try:
+            self.trainer.fit(**arguments)
+        except BaseException:
+            if fresh and self.trainer.is_global_zero and self.trainer.global_step == 0:
+                for logger in self.trainer.loggers:
+                    logger.finalize("failed")
+                shutil.rmtree(folder, ignore_errors=True)  # nothing was trained: leave nothing in the way of a retry
+            raise
+
+    def after_test(self) -> None:
+        values = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        if self.trainer.is_global_zero and self.trainer.log_dir:
+            path = Path(self.trainer.log_dir) / "test.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            print(f"wrote {path}")
+
+
+def run_lightning(argv: list[str]) -> None:
+    """Parse, build and run one of LightningCLI's commands.
+
+    Raises:
+        UserError: the run folder is taken, or a checkpoint does not fit.
+        jsonargparse.ArgumentError: the configuration is wrong.
+    """
+    ElasticCLI(args=argv)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if hasattr(value, "as_dict"):
+            value = value.as_dict()
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
+    return flat

@@ -1,0 +1,33 @@
+"""The language model as a policy: loading, value head, reference and sampling."""
+
+from elastic_lightning.policies.actor_critic import ActorCritic, Evaluation
+from elastic_lightning.policies.causal import CausalLM, Prompts, Responses
+from elastic_lightning.policies.loading import LoadedPolicy, LoRA, ModelSource, load_policy, load_source, load_tokenizer
+from elastic_lightning.policies.reference import AdapterOff, FrozenCopy, make_reference
+from elastic_lightning.policies.sampling import Rollout, Sampling, counter_uniforms, draw, sample
+from elastic_lightning.policies.text import Texts, decode_texts, ended
+
+__all__ = [
+    "ActorCritic",
+    "AdapterOff",
+    "CausalLM",
+    "Evaluation",
+    "FrozenCopy",
+    "LoRA",
+    "LoadedPolicy",
+    "ModelSource",
+    "Prompts",
+    "Responses",
+    "Rollout",
+    "Sampling",
+    "Texts",
+    "counter_uniforms",
+    "decode_texts",
+    "draw",
+    "ended",
+    "load_policy",
+    "load_source",
+    "load_tokenizer",
+    "make_reference",
+    "sample",
+]

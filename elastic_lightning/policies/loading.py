@@ -1,0 +1,253 @@
+"""Where a policy comes from: hub id, folder, GGUF file or an architecture from scratch; with or without LoRA."""
+
+from __future__ import annotations
+
+import functools
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from huggingface_hub import constants
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from elastic_lightning.errors import UserError
+
+PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]")  # where the tokenizer has none of its own: the first it knows, or adds
+UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)  # missing, of another kind, or damaged
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters on a frozen base model (https://arxiv.org/abs/2106.09685), through peft.
+
+    Attributes:
+        rank: inner dimension of the two factors.
+        alpha: the update is scaled by alpha / rank.
+        dropout: on the adapter's input; it must stay 0 in reinforcement learning, where it breaks the policy ratio.
+        targets: module names, e.g. ``[q_proj, v_proj]``; peft's choice for the architecture by default.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"lora.rank must be 1 or more, got {self.rank}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"lora.dropout must be in [0, 1), got {self.dropout}")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Which model to load and how. Exactly one of `path` and `architecture` is given.
+
+    Attributes:
+        path: hub id or a local `save_pretrained` folder.
+        gguf_file: name of a GGUF file inside `path` (needs the extra `[gguf]`).
+        architecture: fields of a Hugging Face config for random weights, e.g. ``{model_type: gpt2, n_embd: 256}``;
+            the vocabulary size and special tokens come from the tokenizer.
+        tokenizer: hub id or folder; `path` by default.
+        dtype: of the weights.
+        lora: train adapters on a frozen base instead of the whole model.
+        trust_remote_code: run the python code that comes with the model; off unless asked.
+    """
+
+    path: str | None = None
+    gguf_file: str | None = None
+    architecture: dict[str, Any] | None = None
+    tokenizer: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    lora: LoRA | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.architecture is None):
+            raise UserError("give exactly one of `path` (hub id or folder) and `architecture` (random weights)")
+        if self.architecture is not None and "model_type" not in self.architecture:
+            raise UserError("`architecture` needs `model_type`, e.g. {model_type: gpt2, n_embd: 256, n_layer: 4}")
+        if self.architecture is not None and self.tokenizer is None:
+            raise UserError(
+                "`architecture` starts from random weights: say which `tokenizer` (hub id or folder) it uses"
+            )
+        if self.gguf_file is not None and self.path is None:
+            raise UserError("`gguf_file` is the name of a file inside `path`: give `path` too")
+
+
+class LoadedPolicy(NamedTuple):
+    """A causal language model and its tokenizer.
+
+    `unmerged_adapter` is true when the folder held an adapter: switched off, such a model is not the policy it was.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    unmerged_adapter: bool
+
+
+def load_policy(
+    path: str | None = None,
+    *,
+    gguf_file: str | None = None,
+    architecture: dict[str, Any] | None = None,
+    tokenizer: str | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    lora: LoRA | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedPolicy:
+    """Load a causal language model (see `ModelSource` for the arguments) in eval mode.
+
+    Raises:
+        UserError: the model or tokenizer cannot be found, or the options contradict each other.
+    """
+    return load_source(ModelSource(path, gguf_file, architecture, tokenizer, dtype, lora, trust_remote_code))
+
+
+def load_source(source: ModelSource) -> LoadedPolicy:
+    """`load_policy` from the dataclass that a configuration file fills."""
+    gguf_file = source.gguf_file if source.tokenizer is None else None  # a tokenizer of its own lies elsewhere
+    tokenizer = load_tokenizer(source.tokenizer or source.path, gguf_file, source.trust_remote_code)
+    adapter = source.path is not None and (Path(source.path) / "adapter_config.json").exists()
+    if source.architecture is not None:
+        model = from_architecture(AutoModelForCausalLM, source, tokenizer)
+    elif adapter:
+        model = _load_adapter(source)
+    else:
+        model = from_path(AutoModelForCausalLM, source)
+    if source.lora is not None:
+        if adapter:
+            raise UserError(f"{source.path} holds an unmerged adapter: merge it before training another LoRA on top")
+        model = add_lora(model, source.lora)
+    return LoadedPolicy(model.eval(), tokenizer, adapter)
+
+
+def load_tokenizer(path: str, gguf_file: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load a tokenizer; one without a pad token, or whose pad token is its eos token, gets a pad token of its own.
+
+    With pad = eos the model never learns to stop, because the mask that hides padding hides the end of text too. The
+    embedding is not resized: pad ids are masked, and replaced by 0, before every forward.
+    """
+    extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
+    if not Path(path).exists() and hub_offline():
+        extra["local_files_only"] = True
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **extra)
+    except UNREADABLE as error:
+        raise UserError(_not_found("tokenizer", path, error)) from error
+    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
+        known = tokenizer.get_vocab()
+        usable = [token for token in PAD_TOKENS if token in known and token != tokenizer.eos_token]
+        tokenizer.add_special_tokens({"pad_token": usable[0] if usable else PAD_TOKENS[0]})
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def from_path(auto_class: type, source: ModelSource, **options: Any) -> PreTrainedModel:
+    """Load weights from a hub id or folder with one of transformers' auto classes."""
+    if source.gguf_file is not None:
+        options["gguf_file"] = source.gguf_file
+    if not Path(source.path).exists() and hub_offline():
+        options["local_files_only"] = True
+    try:
+        return auto_class.from_pretrained(
+            source.path,
+            dtype=getattr(torch, source.dtype),
+            trust_remote_code=source.trust_remote_code,
+            **options,
+        )
+    except UNREADABLE as error:
+        raise UserError(_not_found("model", source.path, error)) from error
+
+
+def from_architecture(
+    auto_class: type, source: ModelSource, tokenizer: PreTrainedTokenizerBase, **options: Any
+) -> PreTrainedModel:
+    """Random weights in the shape of `source.architecture`, with the tokenizer's vocabulary and special tokens."""
+    fields = dict(source.architecture or {})
+    model_type = fields.pop("model_type")
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    try:
+        config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **special, **options, **fields})
+        return auto_class.from_config(config, dtype=getattr(torch, source.dtype))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"cannot build the architecture {model_type!r}: {_first_line(error)}") from error
+
+
+def add_lora(model: PreTrainedModel, lora: LoRA, task_type: str = "CAUSAL_LM") -> nn.Module:
+    """Freeze `model` and add trainable low-rank adapters."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        task_type=task_type,
+        fan_in_fan_out=model.config.model_type == "gpt2",  # its projections are Conv1D, weights stored transposed
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"LoRA cannot be added: {_first_line(error)} (see lora.targets)") from error
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0: with any, the policy that samples is not the policy that is updated."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+@functools.cache
+def hub_offline(seconds: float = 5.0) -> bool:
+    """Whether the hub cannot be reached; asked once. Then only what was downloaded before can be loaded, at once.
+
+    Without asking, every file of every model would be tried six times with growing pauses, for most of a minute.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return True
+    try:
+        with urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=seconds):
+            return False
+    except urllib.error.HTTPError:
+        return False  # it answered
+    except OSError:
+        return True
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Longest sequence the model has positions for, or None where its config does not say."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def _load_adapter(source: ModelSource) -> nn.Module:
+    from peft import PeftConfig, PeftModel
+
+    base = PeftConfig.from_pretrained(source.path).base_model_name_or_path
+    if not base:
+        raise UserError(f"{source.path}/adapter_config.json does not name its base model (base_model_name_or_path)")
+    model = from_path(
+        AutoModelForCausalLM, ModelSource(base, dtype=source.dtype, trust_remote_code=source.trust_remote_code)
+    )
+    return PeftModel.from_pretrained(model, source.path, is_trainable=True)
+
+
+def _not_found(what: str, path: str, error: Exception) -> str:
+    folder = Path(path)
+    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        reason = f"no such folder: {path}" if not folder.exists() else _first_line(error)
+        return f"cannot load the {what} from {path}: {reason}"
+    return (
+        f"cannot load the {what} {path!r}: no such folder, and as a hub id it could not be fetched "
+        f"({_first_line(error)}); give a local save_pretrained folder, or check the id and the network"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]

@@ -1,0 +1,30 @@
+"""Writing a policy as a folder that any transformers user can load."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from elastic_lightning.errors import UserError
+
+
+def save_causal(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path, adapter: str = "merged"
+) -> None:
+    """Save model and tokenizer with `save_pretrained`.
+
+    Args:
+        adapter: for a LoRA model, "merged" writes the base model with the adapter folded in, "adapter" the adapter
+            alone.
+    """
+    if adapter not in ("merged", "adapter"):
+        raise UserError(f"adapter must be merged or adapter, got {adapter!r}")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if hasattr(model, "merge_and_unload") and adapter == "merged":
+        # On a copy: merging and unmerging in place would leave rounding behind in the model being trained.
+        model = copy.deepcopy(model).merge_and_unload()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,8 @@
+"""Rewards: callables (prompts, responses) -> scores [B]."""
+
+from elastic_lightning.rewards.base import Reward, Scores, score
+from elastic_lightning.rewards.classifier import ClassifierReward
+from elastic_lightning.rewards.function import FunctionReward
+from elastic_lightning.rewards.weighted import WeightedReward
+
+__all__ = ["ClassifierReward", "FunctionReward", "Reward", "Scores", "WeightedReward", "score"]

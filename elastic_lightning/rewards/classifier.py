@@ -1,0 +1,112 @@
+"""A sequence classifier as reward: the probability or logit of one label."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForSequenceClassification
+
+from elastic_lightning.errors import UserError
+from elastic_lightning.policies.loading import ModelSource, disable_dropout, from_path, load_tokenizer
+from elastic_lightning.rewards.base import Reward
+
+
+class ClassifierReward(Reward):
+    """Score texts with a Hugging Face sequence classifier.
+
+    Args:
+        path: hub id or `save_pretrained` folder of the classifier, with its own tokenizer.
+        label: whose score is the reward: its index, or its name in the model's `id2label`.
+        output: "probability" (softmax, or sigmoid of a one-label model) or "logit".
+        on: what the classifier reads: the whole text or the response alone.
+        max_length: in tokens; longer texts lose their beginning. The model's own limit by default.
+        batch_size: texts scored at a time.
+        dtype: of the weights.
+        trust_remote_code: run the python code that comes with the model; off unless asked.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        label: int | str = 1,
+        output: Literal["probability", "logit"] = "probability",
+        on: Literal["text", "response"] = "text",
+        max_length: int | None = None,
+        batch_size: int = 64,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        if output not in ("probability", "logit"):
+            raise UserError(f"output must be probability or logit, got {output!r}")
+        if on not in ("text", "response"):
+            raise UserError(f"on must be text or response, got {on!r}")
+        if batch_size < 1:
+            raise UserError(f"batch_size must be 1 or more, got {batch_size}")
+        source = ModelSource(path, dtype=dtype, trust_remote_code=trust_remote_code)
+        self.model = from_path(AutoModelForSequenceClassification, source).eval().requires_grad_(False)
+        disable_dropout(self.model)
+        self.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+        # A text that is too long loses its beginning: the response is at its end.
+        self.tokenizer.truncation_side, self.tokenizer.padding_side = "left", "right"
+        # A decoder scores the last token that is not padding: it has to know padding by the tokenizer's id.
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.model.get_input_embeddings().register_forward_pre_hook(hide_foreign_tokens)
+        self.label = label_index(self.model.config, label)
+        self.output, self.on, self.batch_size = output, on, batch_size
+        self.max_length = max_length or position_limit(self.model)
+
+    def forward(self, prompts: list[str], responses: list[str]) -> Tensor:
+        """Scores [B] float32."""
+        if self.on == "response":
+            texts = responses
+        else:
+            texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+        chunks = [texts[start : start + self.batch_size] for start in range(0, len(texts), self.batch_size)]
+        return torch.cat([self._score(chunk) for chunk in chunks])
+
+    def _score(self, texts: list[str]) -> Tensor:
+        rows = self.tokenizer(texts, truncation=self.max_length is not None, max_length=self.max_length)["input_ids"]
+        pad = self.tokenizer.pad_token_id
+        # An empty text keeps one (pad) position: some models return NaN where they may attend to nothing.
+        rows = [torch.tensor(row or [pad]) for row in rows]
+        tokens = pad_sequence(rows, batch_first=True, padding_value=pad).to(self.model.device)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(self.model.device)
+        logits = self.model(input_ids=tokens, attention_mask=mask).logits.float()
+        if self.output == "logit":
+            return logits[:, self.label]
+        return logits[:, 0].sigmoid() if logits.shape[1] == 1 else logits.softmax(dim=1)[:, self.label]
+
+
+def hide_foreign_tokens(embedding: nn.Embedding, args: tuple[Tensor]) -> tuple[Tensor]:
+    """A pad token that the tokenizer was given after training has no embedding; masked positions may hold anything."""
+    return (args[0].where(args[0] < embedding.num_embeddings, 0),)
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """Longest text in tokens that the model has positions for, or None where its config does not say."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    positions = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+    first = getattr(positions[0], "padding_idx", None) if positions else None
+    # RoBERTa and its kin number positions from the pad token's id on.
+    return limit if limit is None or first is None else limit - first - 1
+
+
+def label_index(config, label: int | str) -> int:
+    """Index of a label given by index or name.
+
+    Raises:
+        UserError: the model has no such label; the message lists those it has.
+    """
+    names = dict(config.id2label)
+    if isinstance(label, str):  # a name, even one like "1"; else an index that came as text
+        named = next((index for index, name in names.items() if name == label), None)
+        index = int(label) if named is None and label.isdigit() else named
+    else:
+        index = label
+    if index is None or not 0 <= index < config.num_labels:
+        raise UserError(f"the classifier has no label {label!r}; it has {names}")
+    return index

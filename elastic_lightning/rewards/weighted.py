@@ -1,0 +1,40 @@
+"""Several rewards as one."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from elastic_lightning.errors import UserError
+from elastic_lightning.rewards.base import Reward
+
+
+class WeightedReward(Reward):
+    """Weighted sum of named rewards; each part is logged before weighting.
+
+    Args:
+        rewards: name -> reward.
+        weights: name -> weight; 1 for a name that is left out.
+    """
+
+    def __init__(self, rewards: dict[str, Reward], weights: dict[str, float] | None = None) -> None:
+        super().__init__()
+        if not rewards:
+            raise UserError("a WeightedReward needs at least one reward")
+        unknown = sorted(set(weights or {}) - set(rewards))
+        if unknown:
+            raise UserError(f"weights for rewards that are not there: {unknown}; the rewards are {sorted(rewards)}")
+        self.rewards = nn.ModuleDict(rewards)
+        self.weights = {name: float((weights or {}).get(name, 1.0)) for name in rewards}
+
+    def components(self, prompts: list[str], responses: list[str]) -> dict[str, Tensor]:
+        """Unweighted scores [B] of each part."""
+        return {name: reward(prompts, responses) for name, reward in self.rewards.items()}
+
+    def combine(self, components: dict[str, Tensor]) -> Tensor:
+        """Weighted sum [B]."""
+        first, *rest = [self.weights[name] * values for name, values in components.items()]
+        return sum(rest, start=first)
+
+    def forward(self, prompts: list[str], responses: list[str]) -> Tensor:
+        """Scores [B] float32."""
+        return self.combine(self.components(prompts, responses))

@@ -1,0 +1,88 @@
+"""The policy that is updated is the policy that sampled: the ratio of the first mini-batch is 1."""
+
+import pytest
+import torch
+
+
+@pytest.mark.parametrize(
+    ("module", "batch"),
+    [
+        pytest.param({}, {"ragged": False}, id="plain"),
+        pytest.param({}, {}, id="left padding"),
+        pytest.param({"lora": True}, {}, id="lora"),
+        pytest.param({"lora": True, "separate_value_trunk": True}, {}, id="lora and value trunk"),
+        pytest.param({"sampling": {"temperature": 0.7}}, {}, id="temperature"),
+        pytest.param({"separate_value_trunk": True}, {}, id="value trunk"),
+        pytest.param({"sampling": {"top_k": 3}}, {}, id="top_k"),
+        pytest.param({"sampling": {"top_p": 0.6, "min_new_tokens": 4}}, {}, id="top_p and min_new_tokens"),
+        pytest.param({"micro_batch_size": 1}, {}, id="micro-batches"),
+        pytest.param({"sampling": {"max_new_tokens": 1}}, {}, id="one token"),
+    ],
+)
+def test_first_ratio_is_one(toy, tmp_path, module, batch):
+    model = toy.ppo(**module)
+    toy.perturb(model)
+    trainer = toy.fit(model, tmp_path, [toy.prompts(rows=8, **batch)])
+    assert trainer.callback_metrics["train/first_ratio_deviation"] < 1e-5
+    assert trainer.callback_metrics["train/first_ratio"] == pytest.approx(1, abs=1e-5)
+
+
+def test_the_case_holds_early_ends_and_padding(toy, tmp_path):
+    model = toy.ppo()
+    toy.fit(model, tmp_path, [toy.prompts(rows=8)])
+    (batch,) = model.seen
+    lengths = batch.rollout.mask.sum(1)
+    assert lengths.min() < lengths.max() and not batch.prompts.mask.all()
+    ended_early = lengths < 6
+    assert (batch.rollout.tokens[ended_early, lengths[ended_early] - 1] == toy.eos).all()
+    assert (batch.rollout.tokens[~batch.rollout.mask] == toy.pad).all()
+
+
+def test_dropout_in_the_update_alone_would_be_seen(toy, tmp_path):
+    model = toy.ppo()
+    update = model.update
+
+    def with_dropout(batch):
+        for module in model.actor.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.1
+        model.actor.train()
+        return update(batch)
+
+    model.update = with_dropout
+    with pytest.warns(UserWarning, match="ratio deviates"):
+        trainer = toy.fit(model, tmp_path)
+    assert trainer.callback_metrics["train/first_ratio_deviation"] > 0.05
+
+
+def test_another_temperature_in_the_update_would_be_seen(toy, tmp_path):
+    model = toy.ppo()
+    forward = model.actor.forward
+    model.actor.forward = lambda prompts, responses, temperature, **options: forward(prompts, responses, 0.7)
+    with pytest.warns(UserWarning, match="ratio deviates"):
+        trainer = toy.fit(model, tmp_path)
+    assert trainer.callback_metrics["train/first_ratio_deviation"] > 0.05
+
+
+def test_a_config_with_dropout_runs_without(toy, tmp_path):
+    model = toy.ppo()
+    assert model.actor.lm.config.resid_pdrop == 0.1  # the checkpoint asks for dropout
+    for part in (model.actor, model.reference.lm):
+        assert not any(child.training for child in part.modules())
+        assert all(child.p == 0 for child in part.modules() if isinstance(child, torch.nn.Dropout))
+    batch = toy.prompts(rows=8)
+    trainer = toy.trainer(tmp_path)
+    trainer.fit(model, toy.loader([batch]), toy.loader([batch]))
+    assert not model.actor.training
+    (seen,) = model.seen
+    first, second = (model.actor(seen.prompts, seen.rollout.responses).logprobs for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_lora_dropout_is_not_used(toy):
+    from elastic_lightning.algorithms import PPO
+    from elastic_lightning.policies import LoRA, ModelSource
+
+    with pytest.warns(UserWarning, match=r"lora\.dropout"):
+        model = PPO(ModelSource(toy.folder, lora=LoRA(rank=2, dropout=0.5)), toy.reward_class())
+    assert all(child.p == 0 for child in model.actor.modules() if isinstance(child, torch.nn.Dropout))

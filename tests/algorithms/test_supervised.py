@@ -1,0 +1,187 @@
+"""Language and reward models: losses against Hugging Face's own, schedules by hand, and that they learn."""
+
+import math
+
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from elastic_lightning.algorithms import AdamWConfig, LabelledTexts, LanguageModel, RewardModel
+from elastic_lightning.algorithms.schedules import schedule_factor
+from elastic_lightning.errors import UserError
+from elastic_lightning.policies import ModelSource
+
+GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+BERT = {
+    "model_type": "bert",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 32,
+}
+
+
+def blocks(seed=0, rows=5, length=12):
+    return torch.randint(0, 27, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def labelled(rows=16, seed=0, length=8, padding=0):
+    """Label 1 where the first word is one of the first 13."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 27, (rows, length), generator=generator)
+    lengths = torch.randint(3, length + 1, (rows,), generator=generator)
+    mask = torch.arange(length + padding) < lengths[:, None]
+    tokens = torch.nn.functional.pad(tokens, (0, padding)).masked_fill(~mask, 29)
+    return LabelledTexts(tokens, mask, (tokens[:, 0] < 13).long())
+
+
+def test_schedule_factor_by_hand():
+    warm = [schedule_factor("constant", step, 4, 10) for step in range(7)]
+    assert warm == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]
+    assert [schedule_factor("constant", step, 0, 10) for step in (0, 10, 99)] == [1.0, 1.0, 1.0]
+    assert [schedule_factor("linear", step, 2, 6) for step in range(8)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    cosine = [schedule_factor("cosine", step, 0, 4) for step in range(6)]
+    assert cosine == pytest.approx([1, 0.5 + math.sqrt(0.5) / 2, 0.5, 0.5 - math.sqrt(0.5) / 2, 0, 0])
+    assert schedule_factor("linear", 5, 5, 5) == 1.0  # no batch left after the warm-up: no division by zero
+    assert schedule_factor("cosine", 1000, 0, math.inf) == 1.0
+
+
+@pytest.mark.parametrize("options", [{"learning_rate": 0.0}, {"schedule": "cosin"}])
+def test_bad_options_are_refused(options):
+    (name,) = options
+    with pytest.raises(UserError, match=f"optimizer.{name}"):
+        AdamWConfig(**options)
+
+
+def test_the_loss_is_hugging_faces(toy):
+    module = LanguageModel(ModelSource(toy.folder))
+    assert module.model.training  # supervised training keeps its dropout
+    module.model.eval()
+    tokens = blocks()
+    torch.testing.assert_close(module.training_step(tokens, 0), module.model(tokens, labels=tokens).loss)
+
+
+def test_perplexity_is_that_of_a_loop(toy, tmp_path):
+    module = LanguageModel(ModelSource(toy.folder))
+    data = [blocks(seed, rows) for seed, rows in ((0, 5), (1, 2))]  # batches of unlike size weigh by their tokens
+    trainer = toy.trainer(tmp_path)
+    trainer.validate(module, toy.loader(data), verbose=False)
+    nll, model = [], toy.plain_model()
+    for row in torch.cat(data):
+        with torch.no_grad():
+            logprobs = torch.log_softmax(model(row[None]).logits[0], -1)
+        nll += [-logprobs[position, token].item() for position, token in enumerate(row[1:].tolist())]
+    expected = math.exp(sum(nll) / len(nll))
+    assert trainer.callback_metrics["val/perplexity"] == pytest.approx(expected, rel=1e-5)
+    trainer.test(module, toy.loader(data), verbose=False)
+    assert trainer.callback_metrics["test/perplexity"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_language_model_learns_and_is_saved(toy, tmp_path, read_events):
+    torch.manual_seed(0)
+    config = AdamWConfig(learning_rate=1e-2, warmup=5)
+    module = LanguageModel(ModelSource(architecture=GPT2, tokenizer=toy.folder), config)
+    text = (torch.arange(12) + torch.arange(8)[:, None]) % 27  # each word is followed by the next
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+    trainer = toy.trainer(tmp_path, max_epochs=3, logger=logger)
+    trainer.fit(module, toy.loader([text] * 20), toy.loader([text]))
+    curves = read_events(logger.log_dir)
+    assert curves["train/loss"][0][1] > 3 and curves["train/loss"][-1][1] < 1
+    perplexities = [value for _, value in curves["val/perplexity"]]
+    assert perplexities[-1] < perplexities[0] and perplexities[-1] < 3
+    module.save_pretrained(tmp_path / "final")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    module.model.eval()
+    torch.testing.assert_close(model(text).logits, module.model(text).logits)
+
+
+def test_the_rate_follows_the_schedule(toy, tmp_path):
+    config = AdamWConfig(learning_rate=1e-2, schedule="linear", warmup=2)
+    module = LanguageModel(ModelSource(toy.folder), config)
+    rates = []
+    module.on_before_optimizer_step = lambda optimizer: rates.append(optimizer.param_groups[0]["lr"])
+    trainer = toy.trainer(tmp_path, max_epochs=2)
+    trainer.fit(module, toy.loader([blocks()] * 3))
+    assert rates == pytest.approx([0.005, 0.01, 0.01, 0.0075, 0.005, 0.0025])
+
+
+def test_biases_and_norms_do_not_decay(toy, tmp_path):
+    module = LanguageModel(ModelSource(toy.folder), AdamWConfig(weight_decay=0.1))
+    trainer = toy.trainer(tmp_path)
+    trainer.fit(module, toy.loader([blocks()]))
+    decay = {id(p): group["weight_decay"] for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    for name, parameter in module.model.named_parameters():
+        assert decay[id(parameter)] == (0.0 if name.endswith("bias") or ".ln_" in name else 0.1), name
+
+
+def test_blocks_beyond_the_context_are_refused(toy, tmp_path):
+    from lightning import LightningDataModule
+
+    class Data(LightningDataModule):
+        block_size = 64
+
+        def train_dataloader(self):
+            return toy.loader([blocks(length=64)])
+
+    with pytest.raises(UserError, match="block_size 64"):
+        toy.trainer(tmp_path).fit(LanguageModel(ModelSource(toy.folder)), datamodule=Data())
+
+
+@pytest.mark.parametrize("architecture", [GPT2, BERT], ids=["gpt2", "bert"])
+def test_padding_changes_no_logit(toy, architecture):
+    torch.manual_seed(0)
+    module = RewardModel(ModelSource(architecture=architecture | {"initializer_range": 0.5}, tokenizer=toy.folder))
+    module.model.eval()
+    batch = labelled(rows=6, padding=3)
+    with torch.no_grad():
+        padded = module._logits(batch)
+        alone = torch.cat([module.model(tokens[mask][None]).logits for tokens, mask, _ in zip(*batch, strict=True)])
+    torch.testing.assert_close(padded, alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", [GPT2, BERT], ids=["gpt2", "bert"])
+def test_a_reward_model_learns_and_is_saved(toy, tmp_path, architecture, read_events):
+    torch.manual_seed(0)
+    config = AdamWConfig(learning_rate=1e-2, warmup=5)
+    module = RewardModel(ModelSource(architecture=architecture, tokenizer=toy.folder), ["bad", "good"], config)
+    train = [labelled(seed=seed, rows=32) for seed in range(20)]
+    held_out = [labelled(seed=100, rows=30), labelled(seed=101, rows=7)]
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+    trainer = toy.trainer(tmp_path, max_epochs=4, logger=logger)
+    trainer.fit(module, toy.loader(train), toy.loader(held_out))
+    curves = read_events(logger.log_dir)
+    assert curves["train/loss"][-1][1] < curves["train/loss"][0][1]
+    module.model.eval()
+    with torch.no_grad():
+        logits = torch.cat([module._logits(batch) for batch in held_out])
+    labels = torch.cat([batch.labels for batch in held_out])
+    accuracy = (logits.argmax(1) == labels).float().mean().item()
+    assert trainer.callback_metrics["val/accuracy"] == pytest.approx(accuracy)
+    loss = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert trainer.callback_metrics["val/loss"] == pytest.approx(loss, rel=1e-4)
+    assert accuracy > 0.8
+
+    module.save_pretrained(tmp_path / "final")
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "final").eval()
+    assert saved.config.id2label == {0: "bad", 1: "good"} and saved.config.label2id == {"bad": 0, "good": 1}
+
+    from elastic_lightning.rewards import ClassifierReward
+
+    texts = [" ".join(f"w{token}" for token in row[mask]) for row, mask, _ in zip(*held_out[0], strict=True)]
+    scores = ClassifierReward(str(tmp_path / "final"), label="good", batch_size=4)(texts, [""] * len(texts))
+    torch.testing.assert_close(scores, logits[:30].softmax(1)[:, 1], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [LanguageModel, RewardModel])
+def test_checkpoints_load_with_weights_only(toy, tmp_path, kind):
+    source = ModelSource(architecture=GPT2, tokenizer=toy.folder)
+    module = kind(source, optimizer=AdamWConfig(betas=(0.5, 0.6)))
+    trainer = toy.trainer(tmp_path)
+    trainer.fit(module, toy.loader([blocks() if kind is LanguageModel else labelled()]))
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    loaded = kind.load_from_checkpoint(tmp_path / "saved.ckpt", weights_only=True)
+    assert loaded.optimizer_config == module.optimizer_config
+    ours = dict(loaded.model.named_parameters())
+    assert all(torch.equal(ours[name], parameter) for name, parameter in module.model.named_parameters())

@@ -1,0 +1,161 @@
+import csv
+import gzip
+import json
+
+import pytest
+import torch
+
+from elastic_lightning.data import IMDBDataModule, ToyReviewsDataModule
+from elastic_lightning.data.files import read_splits
+from elastic_lightning.data.reviews import first_words, pack, pad
+from elastic_lightning.data.tokenizers import main as tokenizer_main
+from elastic_lightning.data.tokenizers import train_bpe
+from elastic_lightning.errors import UserError
+from elastic_lightning.policies import load_tokenizer
+
+TEXTS = [f"review number {i} is about a<br /><br />film that lasts {i} hours" for i in range(50)]
+ROWS = [{"text": text, "label": i % 2} for i, text in enumerate(TEXTS)]
+
+
+def write(folder, rows, name):
+    folder.mkdir(exist_ok=True)
+    if name.endswith(".csv"):
+        with (folder / name).open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    elif name.endswith(".parquet"):
+        from datasets import Dataset
+
+        Dataset.from_list(rows).to_parquet(folder / name)
+    else:
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        (folder / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bpe")
+    train_bpe(TEXTS, 300).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write(tmp_path / "imdb", ROWS, "train.jsonl.gz")
+    return write(tmp_path / "imdb", ROWS[:20], "test.jsonl.gz")
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.jsonl.gz", "train.csv", "train.parquet"])
+def test_every_kind_of_file(name, tmp_path):
+    data = read_splits(write(tmp_path / "data", ROWS, name))["train"]
+    assert list(data["text"]) == TEXTS and list(data["label"]) == [i % 2 for i in range(50)]
+    assert list(read_splits(tmp_path / "data" / name)["train"]["text"]) == TEXTS
+
+
+def test_splits_do_not_overlap_and_have_the_known_shares(folder, bpe):
+    data = IMDBDataModule(path=str(folder), tokenizer=bpe, batch_size=4)
+    splits = data.load()
+    assert [len(splits[name].texts) for name in ("train", "validation", "test")] == [40, 10, 20]
+    assert not set(splits["train"].texts) & set(splits["validation"].texts)
+    assert all("<br" not in text and "  " not in text for text in splits["train"].texts)
+    for text, label in zip(*splits["train"], strict=True):
+        assert label == int(text.split()[2]) % 2  # labels stay with their texts
+    assert splits == IMDBDataModule(path=str(folder), tokenizer=bpe, batch_size=4).load()
+
+
+def test_one_file_is_cut_into_three(tmp_path, bpe):
+    file = write(tmp_path / "data", ROWS, "reviews.jsonl") / "reviews.jsonl"
+    splits = IMDBDataModule(path=str(file), tokenizer=bpe).load()
+    assert [len(splits[name].texts) for name in ("train", "validation", "test")] == [36, 9, 5]
+    assert len({text for split in splits.values() for text in split.texts}) == 50
+
+
+def test_prompts_are_left_truncated_left_padded_first_halves(folder, bpe):
+    data = IMDBDataModule(path=str(folder), tokenizer=bpe, batch_size=8, max_prompt_tokens=6, block_size=16)
+    data.setup("fit")
+    tokenizer = load_tokenizer(bpe)
+    batch = next(iter(data.train_dataloader()))
+    order = list(data.train_dataloader().sampler)[:8]
+    for row, index in enumerate(order):
+        words = data.splits["train"].texts[index].split(" ")
+        expected = tokenizer(" ".join(words[: len(words) // 2]))["input_ids"][-6:]
+        assert batch.tokens[row][batch.mask[row]].tolist() == expected
+        assert batch.mask[row].tolist() == sorted(batch.mask[row].tolist())  # padding stands on the left
+    prompts, human = data.val_dataloader()
+    assert next(iter(prompts)).tokens.shape[1] <= 6
+    assert next(iter(human)).shape[1] == 16
+
+
+def test_labelled_texts_lose_their_beginning(folder, bpe):
+    data = IMDBDataModule(path=str(folder), tokenizer=bpe, task="reward_model", batch_size=8, max_tokens=5)
+    data.setup("fit")
+    batch, tokenizer = next(iter(data.train_dataloader())), load_tokenizer(bpe)
+    index = next(iter(data.train_dataloader().sampler))
+    assert batch.tokens[0][batch.mask[0]].tolist() == tokenizer(data.splits["train"].texts[index])["input_ids"][-5:]
+    assert batch.labels[0] == data.splits["train"].labels[index]
+
+
+def test_packing_is_all_texts_end_to_end(bpe):
+    tokenizer = load_tokenizer(bpe)
+    stream = [i for text in TEXTS for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    blocks = pack(tokenizer, TEXTS, 16)
+    assert blocks.flatten().tolist() == stream[: len(stream) // 16 * 16]
+    with pytest.raises(UserError, match="do not fill one block"):
+        pack(tokenizer, TEXTS[:1], 1000)
+
+
+def test_first_words():
+    assert first_words("a b c d e", 0.5) == "a b"
+    assert first_words("a", 0.5) == "a"  # a prompt has one word at least
+
+
+def test_pad():
+    tokens, mask = pad([[1, 2], [], [3]], 9, left=True)
+    assert tokens.tolist() == [[1, 2], [9, 9], [9, 3]] and mask.tolist() == [
+        [True, True],
+        [False, False],
+        [False, True],
+    ]
+    assert pad([[1], [2, 3]], 0, left=False)[0].tolist() == [[1, 0], [2, 3]]
+
+
+def test_without_trainer_or_tokenizer_it_says_so(folder):
+    with pytest.raises(UserError, match="tokenizer"):
+        IMDBDataModule(path=str(folder)).setup("fit")
+
+
+@pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"prompt_fraction": 1.0}, {"block_size": 0}])
+def test_impossible_arguments(arguments):
+    with pytest.raises(UserError, match=next(iter(arguments))):
+        IMDBDataModule(**arguments)
+
+
+def test_bpe_round_trip_and_special_tokens(bpe):
+    tokenizer = load_tokenizer(bpe)
+    assert len(tokenizer) == 300
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    text = "Ünïcode — and 漢字, too"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_the_tokenizer_command(tmp_path, capsys):
+    assert tokenizer_main(["--data=ToyReviewsDataModule", f"--output={tmp_path}"]) == 0
+    assert len(load_tokenizer(str(tmp_path))) == 250
+    assert "250 tokens" in capsys.readouterr().out
+
+
+def test_toy_reviews_are_those_of_their_seed(tmp_path):
+    tokenizer_main(["--data=ToyReviewsDataModule", f"--output={tmp_path}"])
+    one, two = (ToyReviewsDataModule(train_texts=30, seed=seed, tokenizer=str(tmp_path)).load() for seed in (1, 2))
+    assert one == ToyReviewsDataModule(train_texts=30, seed=1, tokenizer=str(tmp_path)).load()
+    assert one["train"] != two["train"]
+    assert not set(one["train"].texts) & set(one["test"].texts)
+
+
+def test_language_model_batches_are_whole_blocks(folder, bpe):
+    data = IMDBDataModule(path=str(folder), tokenizer=bpe, task="language_model", batch_size=4, block_size=8)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    assert batch.shape == (4, 8) and batch.dtype == torch.int64

@@ -1,0 +1,373 @@
+"""Pipelines whose stages are a tiny script in place of the command line."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from elastic_lightning.errors import UserError
+from elastic_lightning.evaluation import pipeline as pipelines
+from elastic_lightning.evaluation import progress
+from elastic_lightning.evaluation.stages import flag, read_pipeline
+
+# Writes the files named, traces when it ran, and fails, sleeps or logs to TensorBoard when it is told to.
+SCRIPT = """
+import json, os, pathlib, subprocess, sys, time
+options = dict(argument[2:].split("=", 1) for argument in sys.argv[2:] if argument.startswith("--") and "=" in argument)
+began = time.time()
+print("hello from", sys.argv[1])
+if "child" in options:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    pathlib.Path(options["child"]).write_text(str(child.pid))
+time.sleep(float(options.get("sleep", 0)))
+if "reward" in options:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    folder = "{trainer.logger.init_args.save_dir}/{trainer.logger.init_args.name}/{trainer.logger.init_args.version}"
+    for key, value in options.items():
+        folder = folder.replace("{" + key + "}", value)
+    writer = EventFileWriter(folder)
+    for step in (0, 10):
+        for tag, value in (("val/reward", 0.5 + step * float(options["reward"])), ("val/kl", step)):
+            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
+            writer.add_event(Event(step=step, wall_time=began, summary=summary))
+    writer.close()
+if "make" in options:
+    pathlib.Path(options["make"]).parent.mkdir(parents=True, exist_ok=True)
+    pathlib.Path(options["make"]).write_text("made")
+with open(os.environ["TRACE"], "a") as trace:
+    line = {"args": sys.argv[1:], "began": began, "ended": time.time(), "threads": os.environ["OMP_NUM_THREADS"]}
+    trace.write(json.dumps(line) + "\\n")
+if "fail" in options:
+    print("\\n".join(f"line {i}" for i in range(100)))
+    sys.exit(3)
+"""
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACE", str(tmp_path / "trace.jsonl"))
+    monkeypatch.setattr(pipelines, "PATIENCE", 2.0)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    return tmp_path
+
+
+def stage(command="work", made="{run}/made", **more):
+    """A stage that writes one file; `set` is added to."""
+    settings = {"make": made, **more.pop("set", {})}
+    return {"command": command, "set": settings, "produces": [made], **more}
+
+
+def write(world, stages, **more):
+    """The pipeline file."""
+    file = world / "pipeline.yaml"
+    file.write_text(yaml.safe_dump({"output": str(world / "out"), "stages": stages, **more}, sort_keys=False))
+    return file
+
+
+def run(world, stages=None, only=None, force=False, **more):
+    """(exit status, what was printed, the commands that ran) of one call."""
+    (world / "trace.jsonl").unlink(missing_ok=True)
+    console = Console(file=io.StringIO(), width=200)
+    pipeline = read_pipeline(write(world, stages, **more) if stages else world / "pipeline.yaml")
+    status = pipelines.run(pipeline, [sys.executable, str(world / "script.py")], only, force, console)
+    return status, console.file.getvalue(), [line["args"][0] for line in traces(world)]
+
+
+def traces(world):
+    file = world / "trace.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def gone(pid, patience=3.0):
+    """Does the process end (or wait as a zombie for its reaper) within a few seconds?"""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        stat = Path(f"/proc/{pid}/stat")
+        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+CHAIN = {
+    "third": stage("c", needs=["second"]),
+    "second": stage("b", needs="first"),
+    "first": stage("a"),
+    "aside": stage("d"),
+}
+
+
+def test_order_skip_and_rerun_of_what_depends(world):
+    status, printed, ran = run(world, CHAIN)
+    assert status == 0 and sorted(ran) == ["a", "b", "c", "d"]
+    assert ran.index("a") < ran.index("b") < ran.index("c")
+    assert "first/seed_1: done" in printed and "No report" in printed
+    assert (world / "out/first/seed_1/log.txt").read_text() == "hello from a\n"
+
+    status, printed, ran = run(world)
+    assert status == 0 and ran == [] and printed.count("skipped") == 4
+
+    changed = {**CHAIN, "second": stage("b", needs="first", set={"lr": 2})}
+    assert run(world, changed)[2] == ["b", "c"]
+
+    (world / "out/first/seed_1/made").unlink()
+    assert run(world)[2] == ["a", "b", "c"]
+    assert run(world, force=True)[2].count("d") == 1
+
+
+def test_upstream_rerun_in_another_call_is_noticed(world):
+    run(world, CHAIN)
+    assert run(world, only=["first"], force=True)[2] == ["a"]
+    assert run(world)[2] == ["b", "c"]
+
+
+def test_changed_config_file_reruns(world):
+    (world / "a.yaml").write_text("x: 1")
+    stages = {"one": stage("a", config="a.yaml")}
+    assert run(world, stages)[2] == ["a"]
+    assert f"--config={world / 'a.yaml'}" in traces(world)[0]["args"]
+    assert run(world)[2] == []
+    (world / "a.yaml").write_text("x: 2")
+    assert run(world)[2] == ["a"]
+
+
+def test_independent_stages_overlap_up_to_jobs(world, monkeypatch):
+    monkeypatch.setattr(pipelines, "cores", lambda: 4)
+    stages = {name: stage(name, set={"sleep": 0.6}) for name in "abc"}
+    run(world, stages, jobs=2)
+    one, two, three = sorted(traces(world), key=lambda line: line["began"])
+    assert two["began"] < one["ended"]
+    assert three["began"] > min(one["ended"], two["ended"])
+    assert {line["threads"] for line in traces(world)} == {"2"}
+
+
+def test_fit_flags_seeds_and_placeholders(world):
+    (world / "data").mkdir()
+    settings = {
+        "model.lr": 1e-5,
+        "on": True,
+        "list": [1, "a"],
+        "policy": "{output}/lm/seed_1/final",
+        "json": '{"a": 1}',
+    }
+    stages = {"ppo": stage("fit", seeds=[1, 2], set=settings, arguments=["--data", "{data}", "{seed}", 7])}
+    run(world, stages, data=str(world / "data"))
+    out = world / "out"
+    assert sorted(line["args"] for line in traces(world))[1] == [
+        "fit",
+        "--seed_everything=2",
+        "--trainer.logger=TensorBoardLogger",
+        f"--trainer.logger.init_args.save_dir={out}",
+        "--trainer.logger.init_args.name=ppo",
+        "--trainer.logger.init_args.version=seed_2",
+        f"--make={out}/ppo/seed_2/made",
+        "--model.lr=1.0e-05",
+        "--on=true",
+        "--list=[1, a]",
+        f"--policy={out}/lm/seed_1/final",
+        '--json={"a": 1}',
+        "--data",
+        str(world / "data"),
+        "2",
+        "7",
+    ]
+    stages["ppo"]["seeds"] = [1, 2, 3]
+    assert len(run(world, stages, data=str(world / "data"))[2]) == 1
+
+
+def test_flags_are_what_jsonargparse_reads():
+    assert [flag(value) for value in ("x: y", 3, None, {"a": [1.5]})] == ["x: y", "3", "null", "{a: [1.5]}"]
+
+
+def test_report_closes_over_fits_with_the_tag(world):
+    stages = {
+        "ppo": stage("fit", seeds=[1, 2], set={"reward": 0.04}),
+        "elastic": stage("fit", set={"reward": 0.03}),
+        "language_model": stage("fit"),
+    }
+    status, printed, _ = run(world, stages, jobs=2)
+    assert status == 0 and "0.900 ± 0.000" in printed and "Left out" not in printed
+    assert {file.name for file in (world / "out/report").iterdir()} == {"table.csv", "summary.csv", "frontier.png"}
+
+    stages["elastic"]["report"] = True
+    printed = run(world, stages)[1]
+    assert "elastic " in printed and "ppo  " not in printed
+
+
+def test_failure_shows_the_log_and_stops_the_rest(world):
+    stages = {
+        "slow": stage("slow", set={"sleep": 30, "child": str(world / "child")}),
+        "bad": stage("bad", set={"sleep": 0.8, "fail": 1}),
+        "after": stage("after", needs=["bad"]),
+    }
+    began = time.monotonic()
+    status, printed, ran = run(world, stages, jobs=2)
+    assert status == 1 and ran == ["bad"] and time.monotonic() - began < 10
+    assert "bad/seed_1 failed: exit status 3" in printed and str(world / "out/bad/seed_1/log.txt") in printed
+    assert "line 99" in printed and "line 80\n" in printed and "line 79" not in printed
+    assert "slow/seed_1: stopped" in printed
+    assert gone(int((world / "child").read_text()))
+    assert run(world, {**stages, "bad": stage("bad"), "slow": stage("slow")})[2] == ["slow", "bad", "after"]
+
+
+def test_outputs_that_are_not_written_are_a_failure(world):
+    stages = {"one": {"command": "a"}}
+    status, printed, _ = run(world, stages)
+    assert status == 1 and f"without writing {world / 'out/one/seed_1/final'}" in printed
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_stop_the_stages(world, number, expected):
+    write(world, {"slow": stage("slow", set={"sleep": 30, "child": str(world / "child")})})
+    code = f"""
+        import sys
+        from pathlib import Path
+        from elastic_lightning.evaluation import pipeline
+        sys.exit(pipeline.run(pipeline.read_pipeline(Path({str(world / "pipeline.yaml")!r})),
+                              [sys.executable, {str(world / "script.py")!r}]))
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 20
+    while not (world / "child").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.2)
+    process.send_signal(number)
+    assert process.wait(10) == expected
+    assert gone(int((world / "child").read_text()))
+    assert not (world / "out/slow/seed_1/stage.json").exists()
+
+
+def test_foreign_folder_is_never_touched(world):
+    foreign = world / "out/one/seed_1"
+    foreign.mkdir(parents=True)
+    (foreign / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="not made by a pipeline"):
+        run(world, {"zero": stage("z"), "one": stage("a")})
+    assert (foreign / "thesis.txt").read_text() == "years of work"
+    assert traces(world) == []
+
+
+def test_own_folder_is_emptied_before_a_rerun(world):
+    run(world, {"one": stage("a")})
+    (world / "out/one/seed_1/events.out.tfevents.1").touch()
+    (world / "out/one/seed_1/final").mkdir()
+    run(world, force=True)
+    assert {path.name for path in (world / "out/one/seed_1").iterdir()} == {
+        ".pipeline",
+        "log.txt",
+        "made",
+        "stage.json",
+    }
+
+
+def test_only(world):
+    with pytest.raises(UserError, match=r"first/seed_1 must be complete.*add 'first'"):
+        run(world, CHAIN, only=["second"])
+    assert run(world, only=["first", "second"])[2] == ["a", "b"]
+    assert run(world, only=["third"])[2] == ["c"]
+    with pytest.raises(UserError, match="'second' stands between"):
+        run(world, only=["first", "third"])
+    with pytest.raises(UserError, match=r"unknown stage 'frist' .did you mean 'first'"):
+        run(world, only=["frist"])
+
+
+def test_live_table_and_lines(world, monkeypatch):
+    monkeypatch.setattr(progress, "HEARTBEAT", 0.3)
+    _, printed, _ = run(world, {"one": stage("a", set={"sleep": 0.8})})
+    assert printed.count("one/seed_1: running") >= 3 and "hello from a" in printed
+
+    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+    pipelines.run(read_pipeline(world / "pipeline.yaml"), [sys.executable], console=console)
+    assert "skipped" in console.file.getvalue()
+
+
+def test_tail_shows_what_a_terminal_shows(tmp_path):
+    (tmp_path / "log").write_bytes(b"one\n 10%\r 50%\r100%\n\x1b[32mgreen\x1b[0m\n\nbad \xff\r\n")
+    assert progress.tail(tmp_path / "log", 3) == ["100%", "green", "bad \ufffd"]
+    assert progress.tail(tmp_path / "none", 3) == []
+
+
+def test_record_that_is_no_json_reruns(world):
+    run(world, {"one": stage("a")})
+    (world / "out/one/seed_1/stage.json").write_text("{")
+    assert run(world)[2] == ["a"]
+
+
+def wrong(**change):
+    return {"one": {**stage("a"), **change}}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"stages": wrong(comand="a")}, r"stage 'one': unknown key 'comand' \(did you mean 'command'\?\)"),
+        ({"stages": wrong(command=None)}, "stage 'one': no 'command'"),
+        ({"stages": wrong(needs=["tow"]), "x": 1}, "unknown key 'x'"),
+        ({"stages": {**wrong(needs=["tow"]), "two": stage("b")}}, "unknown stage 'tow' .did you mean 'two'"),
+        ({"stages": {"one": stage("a", needs="two"), "two": stage("b", needs="one")}}, "in a circle: "),
+        ({"stages": wrong(config="none.yaml")}, "no such config file: .*none.yaml"),
+        ({"stages": wrong(seeds=[1, 1])}, "seeds must be different whole numbers"),
+        ({"stages": wrong(seeds=3)}, "seeds must be list, not 3"),
+        ({"stages": wrong(seeds=[])}, "seeds must be different"),
+        ({"stages": wrong(set={"a": "{ouput}/x"})}, r"unknown placeholder {ouput} \(did you mean 'output'"),
+        ({"stages": wrong(arguments=["{data}"])}, "give the folder with --data DIR"),
+        ({"stages": wrong(arguments=[{"a": 1}])}, "arguments must be strings or numbers"),
+        ({"stages": wrong(produces=[1])}, "produces must hold strings"),
+        ({"stages": wrong(set={1: 1})}, "keys of set must be strings"),
+        ({"stages": {"report": stage("a")}}, "and not 'report'"),
+        ({"stages": {"../up": stage("a")}}, "a stage is named by"),
+        ({"stages": {"one": ["fit"]}}, "stage 'one': expected a mapping"),
+        ({"stages": {}}, "no stages"),
+        ({"stages": wrong(), "output": None}, "no 'output'"),
+        ({"stages": wrong(), "jobs": 0}, "--jobs must be at least 1"),
+        ({"stages": wrong(), "jobs": True}, "jobs must be int, not True"),
+        ({"stages": wrong(), "data": "/nowhere/at/all"}, "--data: no such folder: /nowhere/at/all"),
+        ({"stages": wrong(), "report": {"rewards": "x"}}, "report: unknown key 'rewards' .did you mean 'reward'"),
+    ],
+)
+def test_every_mistake_is_one_line_before_anything_runs(world, content, message):
+    file = world / "pipeline.yaml"
+    file.write_text(yaml.safe_dump({"output": str(world / "out"), **content}))
+    with pytest.raises(UserError, match=message) as caught:
+        read_pipeline(file)
+    assert "\n" not in str(caught.value)
+    assert not (world / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stages: [", "not valid YAML"),
+        ("stages: {a: {command: x}, a: {command: y}}", "'a' is given twice"),
+        ("- a", "expected a mapping"),
+        ("", "expected a mapping"),
+    ],
+)
+def test_bad_yaml(tmp_path, text, message):
+    (tmp_path / "pipeline.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_pipeline(tmp_path / "pipeline.yaml")
+
+
+def test_missing_file_and_main_options(world):
+    with pytest.raises(UserError, match="no such pipeline file"):
+        pipelines.main([str(world / "none.yaml")])
+    file = str(write(world, {"one": stage("a", set={"x": "{data}"})}))
+    with pytest.raises(UserError, match="--data: no such folder"):
+        pipelines.main([file, "--data", str(world / "none")])
+    with pytest.raises(UserError, match="--jobs"):
+        pipelines.main([file, "--data", str(world), "--jobs", "0"])
+    read = read_pipeline(world / "pipeline.yaml", world, world / "elsewhere", 3)
+    assert (read.output, read.jobs) == (world / "elsewhere", 3)
+    assert os.fspath(read.runs["one/seed_1"].folder).startswith(str(world / "elsewhere"))

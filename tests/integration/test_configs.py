@@ -1,0 +1,102 @@
+"""Every file under configs/ parses; those that need no hub run."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from elastic_lightning.cli import main
+from elastic_lightning.evaluation.stages import read_pipeline
+from elastic_lightning.lightning_cli import ElasticCLI
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
+METHODS = [path for path in FILES if path.name != "pipeline.yaml" and path.parts[1] != "trainer"]
+OVERLAYS = [path for path in FILES if path.parts[1] == "trainer"]
+PIPELINES = [path for path in FILES if path.name == "pipeline.yaml"]
+
+
+class ParseOnly(ElasticCLI):
+    """Stops when the configuration is parsed and checked."""
+
+    def before_instantiate_classes(self):
+        raise StopIteration
+
+
+def parse(*arguments):
+    with pytest.raises(StopIteration):
+        ParseOnly(args=["fit", *map(str, arguments)])
+
+
+@pytest.fixture(autouse=True)
+def in_the_project(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("path", METHODS, ids=str)
+def test_a_method_parses(path):
+    parse("--config", path)
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=str)
+def test_an_overlay_parses_over_a_method(path):
+    parse("--config", METHODS[0], "--config", path)
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=str)
+def test_a_pipeline_is_sound(path, tmp_path):
+    pipeline = read_pipeline(path, data=tmp_path, output=tmp_path)
+    for run in pipeline.runs.values():
+        if run.arguments[0] == "fit":
+            parse(*run.arguments[1:])
+
+
+def test_the_saved_config_parses_again(toy_fit, tmp_path):
+    assert main([*toy_fit(), "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=0"]) == 0
+    parse("--config", tmp_path / "run" / "seed_1" / "config.yaml")
+
+
+@pytest.mark.parametrize("stage", ["language_model", "reward_model"])
+def test_a_toy_supervised_stage_runs(stage, toy, tmp_path):
+    source = {"language_model": "policy", "reward_model": "classifier"}[stage]
+    arguments = [
+        "fit",
+        f"--config=configs/toy/{stage}.yaml",
+        f"--model.init_args.{source}.tokenizer={toy}/tokenizer",
+        "--data.init_args.train_texts=300",
+        "--data.init_args.batch_size=32",
+        "--trainer.max_epochs=1",
+        "--trainer.limit_train_batches=3",
+        "--trainer.limit_val_batches=1",
+        f"--trainer.logger.init_args.save_dir={tmp_path}",
+    ]
+    assert main(arguments) == 0
+    assert (tmp_path / stage / "seed_1" / "final" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("method", ["ppo", "ppo_kl", "elastic_reset"])
+def test_a_toy_method_runs(method, toy_fit, tmp_path):
+    assert main([*toy_fit(f"configs/toy/{method}.yaml"), "--trainer.fast_dev_run=true"]) == 0
+    assert not (tmp_path / "run" / "seed_1" / "final").exists()
+
+
+def test_configs_of_a_task_have_the_same_names():
+    for task in ("toy", "imdb", "imdb/scratch"):
+        names = {path.name for path in (ROOT / "configs" / task).glob("*.yaml")}
+        expected = {"language_model", "reward_model", "ppo", "ppo_kl", "elastic_reset", "pipeline"}
+        assert names == {f"{name}.yaml" for name in expected}
+
+
+def test_methods_of_a_task_differ_in_their_method_alone():
+    """The comparison is fair: same data, sampling, learning rates and steps."""
+    for task in ("toy", "imdb", "imdb/scratch"):
+        configs = [
+            yaml.safe_load((ROOT / "configs" / task / f"{m}.yaml").read_text()) for m in ("ppo", "elastic_reset")
+        ]
+        ppo, elastic = configs
+        assert ppo["model"] == elastic["model"] and ppo["data"] == elastic["data"]
+        callbacks = [c for c in elastic["trainer"].pop("callbacks") if c["class_path"] != "ElasticReset"]
+        assert ppo["trainer"].pop("callbacks") == callbacks
+        for config in configs:
+            config["trainer"]["logger"]["init_args"].pop("name")
+        assert ppo["trainer"] == elastic["trainer"]
