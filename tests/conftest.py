@@ -1,5 +1,11 @@
 """Tiny models and a tokenizer, made once a session; every fixture is a `save_pretrained` folder as a string."""
 
+import os
+
+# Before numpy and torch are imported: tiny arrays gain nothing from threads, and lose much on a shared machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -13,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much where other work shares the machine
+torch.set_num_threads(1)
 
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{number}" for number in range(3, 30))]  # a word's number is its id
 PAD, EOS, UNK = 0, 1, 2

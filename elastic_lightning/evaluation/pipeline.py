@@ -23,6 +23,7 @@ from rich.console import Console
 from elastic_lightning.errors import UserError
 from elastic_lightning.evaluation import report
 from elastic_lightning.evaluation.progress import LOG, Job, display, duration, tail
+from elastic_lightning.evaluation.runs import DRIFT, REWARD, collect
 from elastic_lightning.evaluation.stages import Pipeline, Run, nearest, read_pipeline
 
 PROGRAM = (sys.executable, "-m", "elastic_lightning.cli")
@@ -287,12 +288,12 @@ def tell_failure(job: Job, console: Console) -> None:
 
 def close(pipeline: Pipeline, console: Console) -> None:
     """Report over the runs that are up to date: those marked `report: true`, or else every fit with the reward tag."""
-    tags = {"reward": report.REWARD, "drift": report.DRIFT, **pipeline.report}
+    tags = {"reward": REWARD, "drift": DRIFT, **pipeline.report}
     marked = [run for run in pipeline.runs.values() if run.report]
     wanted = marked or [run for run in pipeline.runs.values() if run.arguments[0] == "fit"]
     ids = completions(pipeline)
     folders = [run.folder for run in wanted if run.name in ids]
-    runs, left_out = report.collect(folders, tags["reward"], tags["drift"])
+    runs, left_out = collect(folders, tags["reward"], tags["drift"])
     if runs:
         output = pipeline.output / "report"
         report.make_report(runs, left_out if marked else [], output, tags["reward"], tags["drift"], console)

@@ -9,6 +9,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from elastic_lightning.errors import UserError
 from elastic_lightning.evaluation import report
+from elastic_lightning.evaluation.comparison import drift_at, reward_at
+from elastic_lightning.evaluation.runs import collect, reset_steps
 
 
 def write_run(folder, scalars):
@@ -82,22 +84,22 @@ def test_summary_numbers_by_hand(runs):
 
 
 def test_resets_seeds_and_names(runs):
-    found, left_out = report.collect([runs, runs / "ppo"])
+    found, left_out = collect([runs, runs / "ppo"])
     assert [(run.method, run.seed) for run in found] == [("elastic", 1), ("elastic", 2), ("ppo", 1), ("ppo", 2)]
     assert [run.resets for run in found] == [[10], [10], [], []]
     assert left_out == [runs / "language_model" / "seed_1"]
 
 
 def test_a_count_logged_at_every_step_marks_its_rises_only():
-    assert report.reset_steps({0: 0, 10: 1, 20: 1, 30: 2}) == [10, 30]
-    assert report.reset_steps({}) == []
+    assert reset_steps({0: 0, 10: 1, 20: 1, 30: 2}) == [10, 30]
+    assert reset_steps({}) == []
 
 
 def test_a_step_written_twice_keeps_the_last(tmp_path):
     write_run(tmp_path / "ppo", {"val/reward": {0: 0.1, 10: 0.2}, "val/kl": {0: 0.0, 10: 1.0}})
     with SummaryWriter(str(tmp_path / "ppo"), filename_suffix=".resumed") as writer:
         writer.add_scalar("val/reward", 0.7, 10)
-    (run,), _ = report.collect([tmp_path / "ppo"])
+    (run,), _ = collect([tmp_path / "ppo"])
     assert (run.method, run.seed) == ("ppo", 0)
     assert run.metrics["reward"] == pytest.approx({0: 0.1, 10: 0.7})
 
@@ -105,7 +107,7 @@ def test_a_step_written_twice_keeps_the_last(tmp_path):
 def test_one_name_in_two_places_is_two_methods(tmp_path):
     for place in "ab":
         write_run(tmp_path / place / "ppo" / "seed_1", path([0.5, 0.6], [0, 1]))
-    assert [run.method for run in report.collect([tmp_path])[0]] == ["a/ppo", "b/ppo"]
+    assert [run.method for run in collect([tmp_path])[0]] == ["a/ppo", "b/ppo"]
 
 
 def test_a_frozen_method_sets_no_level(runs, capsys):
@@ -153,8 +155,8 @@ def test_seeds_without_a_common_step(tmp_path):
 
 def test_levels_on_a_path():
     reward, drift = np.array([0.5, 0.7, 0.6, 0.9]), np.array([0.0, 4.0, 1.0, 7.0])
-    assert report.drift_at(0.6, reward, drift) == pytest.approx(2.0)  # the first crossing, before the dip
-    assert report.drift_at(0.4, reward, drift) == 0.0
-    assert math.isnan(report.drift_at(0.95, reward, drift))
-    assert report.reward_at(4.0, reward, drift) == pytest.approx(0.75)  # halfway along the last stretch
-    assert math.isnan(report.reward_at(-1.0, reward, drift))
+    assert drift_at(0.6, reward, drift) == pytest.approx(2.0)  # the first crossing, before the dip
+    assert drift_at(0.4, reward, drift) == 0.0
+    assert math.isnan(drift_at(0.95, reward, drift))
+    assert reward_at(4.0, reward, drift) == pytest.approx(0.75)  # halfway along the last stretch
+    assert math.isnan(reward_at(-1.0, reward, drift))
