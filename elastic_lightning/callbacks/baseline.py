@@ -11,12 +11,14 @@ from elastic_lightning.functional import bigram_perplexity
 class BigramBaseline(Callback):
     """At the end of a test logs ``test/bigram_perplexity``: that of a smoothed bigram model of the training tokens.
 
-    The data module must have ``packed(split) -> tokens [N, block_size]``, as those of this project have.
+    The data module must have ``packed(split, texts) -> tokens [N, block_size]`` and ``eval_texts``, as those of this
+    project have; the test tokens are those that the language model is tested on.
     """
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = getattr(trainer, "datamodule", None)
         if not hasattr(data, "packed"):
-            raise UserError("BigramBaseline needs a data module with packed(split)")
-        perplexity = bigram_perplexity(data.packed("train"), data.packed("test"), len(pl_module.tokenizer))
+            raise UserError("BigramBaseline needs a data module with packed(split, texts)")
+        test = data.packed("test", data.eval_texts)
+        perplexity = bigram_perplexity(data.packed("train"), test, len(pl_module.tokenizer))
         pl_module.log("test/bigram_perplexity", perplexity.float())

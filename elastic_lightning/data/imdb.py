@@ -50,7 +50,7 @@ class IMDBDataModule(ReviewsDataModule):
             max_prompt_tokens: longest prompt; longer ones lose their beginning.
             prompt_fraction: share of a review's words that makes the prompt.
             eval_prompts: prompts of a validation.
-            eval_texts: human texts of a validation of the policy.
+            eval_texts: human texts on which perplexity is measured, of a policy or a language model.
             limit_texts: use only so many training texts.
             seed: of the order of the data and of the split.
         """

@@ -45,7 +45,7 @@ class ReviewsDataModule(LightningDataModule):
         max_prompt_tokens: longest prompt; longer ones lose their beginning.
         prompt_fraction: share of a review's words that makes the prompt.
         eval_prompts: prompts of a validation.
-        eval_texts: human texts of a validation of the policy.
+        eval_texts: human texts on which perplexity is measured, of a policy or a language model.
         limit_texts: use only so many training texts.
         seed: of the order of the data and of the split.
     """
@@ -139,7 +139,8 @@ class ReviewsDataModule(LightningDataModule):
 
     def _loader(self, split: str, batch_size: int, shuffle: bool = False, limit: int | None = None) -> DataLoader:
         if self.task == "language_model":
-            return self._dataloader(self.packed(split), batch_size, shuffle, torch.stack)
+            texts = None if split == "train" else self.eval_texts
+            return self._dataloader(self.packed(split, texts), batch_size, shuffle, torch.stack)
         rows = list(zip(*(part[:limit] for part in self.splits[split]), strict=True))
         collate = self._collate_labelled if self.task == "reward_model" else self._collate_prompts
         return self._dataloader(rows, batch_size, shuffle, collate)

@@ -40,7 +40,7 @@ class ToyReviewsDataModule(ReviewsDataModule):
             max_prompt_tokens: longest prompt; longer ones lose their beginning.
             prompt_fraction: share of a review's words that makes the prompt.
             eval_prompts: prompts of a validation.
-            eval_texts: human texts of a validation of the policy.
+            eval_texts: human texts on which perplexity is measured, of a policy or a language model.
             seed: of the reviews and of their order.
         """
         super().__init__(

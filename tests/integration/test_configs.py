@@ -8,6 +8,7 @@ import yaml
 from elastic_lightning.cli import main
 from elastic_lightning.evaluation.stages import read_pipeline
 from elastic_lightning.lightning_cli import ElasticCLI
+from elastic_lightning.policies import ModelSource
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
@@ -16,16 +17,21 @@ OVERLAYS = [path for path in FILES if path.parts[1] == "trainer"]
 PIPELINES = [path for path in FILES if path.name == "pipeline.yaml"]
 
 
+class Parsed(Exception):
+    """Carries a configuration out of a command line that stops before it builds anything."""
+
+
 class ParseOnly(ElasticCLI):
-    """Stops when the configuration is parsed and checked."""
-
     def before_instantiate_classes(self):
-        raise StopIteration
+        raise Parsed(self.config[self.config.subcommand])
 
 
-def parse(*arguments):
-    with pytest.raises(StopIteration):
-        ParseOnly(args=["fit", *map(str, arguments)])
+def parse(*arguments, command="fit"):
+    """The configuration of a command, parsed and checked."""
+    with pytest.raises(Parsed) as parsed:
+        ParseOnly(args=[command, *map(str, arguments)])
+    (config,) = parsed.value.args
+    return config
 
 
 @pytest.fixture(autouse=True)
@@ -47,8 +53,11 @@ def test_an_overlay_parses_over_a_method(path):
 def test_a_pipeline_is_sound(path, tmp_path):
     pipeline = read_pipeline(path, data=tmp_path, output=tmp_path)
     for run in pipeline.runs.values():
-        if run.arguments[0] == "fit":
-            parse(*run.arguments[1:])
+        command, *arguments = run.arguments
+        if command in ("fit", "test"):
+            init = parse(*arguments, command=command).model.init_args
+            source = init.get("policy") or init.get("classifier")
+            ModelSource(**{field: source[field] for field in ("path", "architecture", "tokenizer")})
 
 
 def test_the_saved_config_parses_again(toy_fit, tmp_path):
