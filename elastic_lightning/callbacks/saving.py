@@ -103,7 +103,7 @@ class BatchCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
         target = folder / f"batch_{self.batches:06d}.ckpt"
-        trainer.save_checkpoint(target.with_suffix(".writing"))
+        trainer.save_checkpoint(target.with_suffix(".writing"), weights_only=False)
         if trainer.is_global_zero:
             os.replace(target.with_suffix(".writing"), target)
             # What counts higher is of another run in the same folder, and would push out the file just written.
