@@ -186,12 +186,12 @@ def test_a_save_that_dies_leaves_the_last_one_whole(lab, tmp_path, monkeypatch):
     trainer = lab.trainer(tmp_path, [callback], enable_checkpointing=True)
     save, calls = trainer.save_checkpoint, []
 
-    def dies(path, *args):
+    def dies(path, **options):
         calls.append(path)
         if len(calls) == 3:
             path.write_bytes(b"half")
             raise OSError("no space left on device")
-        save(path, *args)
+        save(path, **options)
 
     monkeypatch.setattr(trainer, "save_checkpoint", dies)
     with pytest.raises(OSError, match="no space"):
