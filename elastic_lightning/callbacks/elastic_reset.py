@@ -24,6 +24,7 @@ class ElasticReset(WeightSets):
         every: training batches between resets (for PPO: PPO batches), at the end of batch every, 2 * every, ...
         update_on: move the average after each optimizer step or after each training batch.
         parameters: patterns of parameter names that take part; all trainable ones by default.
+        offload: keep the average (and theta_0, where no reference holds it) in CPU memory, moved beside the training.
     """
 
     uses_initial = True
@@ -34,8 +35,9 @@ class ElasticReset(WeightSets):
         decay: float = 0.995,
         update_on: UpdateOn = "optimizer_step",
         parameters: list[str] | None = None,
+        offload: bool = False,
     ) -> None:
-        super().__init__(decay, every, update_on, parameters)
+        super().__init__(decay, every, update_on, parameters, offload)
 
     def reset(self) -> None:
         copy_(self.online, self.ema)
@@ -51,8 +53,9 @@ class HareTortoise(WeightSets):
         decay: float = 0.995,
         update_on: UpdateOn = "optimizer_step",
         parameters: list[str] | None = None,
+        offload: bool = False,
     ) -> None:
-        super().__init__(decay, every, update_on, parameters)
+        super().__init__(decay, every, update_on, parameters, offload)
 
     def reset(self) -> None:
         copy_(self.online, self.ema)
@@ -109,6 +112,7 @@ class EMAOnly(WeightSets):
         parameters: patterns of parameter names that take part; all trainable ones by default.
         validate: run validation with the average in place of the online weights.
         save: at the end write the average as ``<run folder>/ema`` (modules with `save_pretrained`).
+        offload: keep the average in CPU memory, moved beside the training.
     """
 
     def __init__(
@@ -118,13 +122,15 @@ class EMAOnly(WeightSets):
         parameters: list[str] | None = None,
         validate: bool = False,
         save: bool = True,
+        offload: bool = False,
     ) -> None:
-        super().__init__(decay, every=None, update_on=update_on, parameters=parameters)
+        super().__init__(decay, None, update_on, parameters, offload)
         self.validate, self.save = validate, save
         self._swapped = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.validate and self.ema:  # the sanity check comes before the average exists
+            _settle_all(trainer)
             self._swapped = self.average_weights()
             self._swapped.__enter__()
 
@@ -137,6 +143,7 @@ class EMAOnly(WeightSets):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         writes = self.save and trainer.is_global_zero and trainer.log_dir and not trainer.fast_dev_run
         if writes and hasattr(pl_module, "save_pretrained"):
+            _settle_all(trainer)
             with self.average_weights():
                 pl_module.save_pretrained(f"{trainer.log_dir}/ema")
 
@@ -144,3 +151,10 @@ class EMAOnly(WeightSets):
         if self._swapped is not None:
             swapped, self._swapped = self._swapped, None
             swapped.__exit__(None, None, None)
+
+
+def _settle_all(trainer: Trainer) -> None:
+    """Before the weights are swapped: no offloaded average may still be reading them."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, WeightSets):
+            callback.settle()

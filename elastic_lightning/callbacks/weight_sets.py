@@ -7,9 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.optim import Optimizer
 
+from elastic_lightning.callbacks.offload import OffloadedAverage
+from elastic_lightning.callbacks.stopwatch import Stopwatch
 from elastic_lightning.errors import UserError
 from elastic_lightning.functional import copy_, distance, float32_copy, lerp_
 
@@ -33,6 +37,12 @@ class WeightSets(Callback):
         every: training batches between resets; None never resets.
         update_on: move the average after each optimizer step or after each training batch.
         parameters: patterns such as ``sender.*`` that select among the names; all by default.
+        offload: keep the sets in CPU memory, pinned on CUDA, and move the average there beside the training; it takes
+            one more copy of the weights there, in their own type.
+
+    Attributes:
+        seconds: spent inside updates and resets during the last training batch; of an offloaded average, what the
+            training thread spent on it.
     """
 
     uses_ema = True
@@ -45,6 +55,7 @@ class WeightSets(Callback):
         every: int | None,
         update_on: UpdateOn = "optimizer_step",
         parameters: list[str] | None = None,
+        offload: bool = False,
     ) -> None:
         if not 0 <= decay <= 1:
             raise UserError(f"{type(self).__name__}: decay must be in [0, 1], got {decay}")
@@ -53,6 +64,8 @@ class WeightSets(Callback):
         if update_on not in ("optimizer_step", "batch"):
             raise UserError(f"{type(self).__name__}: update_on must be optimizer_step or batch, got {update_on!r}")
         self.decay, self.every, self.update_on, self.parameters = decay, every, update_on, parameters
+        self.offload = offload
+        self.seconds = 0.0
         self.batches = 0  # training batches seen
         self.updates = 0  # of the average
         self.resets = 0
@@ -64,6 +77,8 @@ class WeightSets(Callback):
         self._loaded: dict[str, Any] = {}
         self._handles: list[Any] = []
         self._watched: dict[str, float] = {}
+        self._stopwatch = Stopwatch()
+        self._offloaded: OffloadedAverage | None = None
 
     # To override ------------------------------------------------------------------------------------------------
 
@@ -91,22 +106,42 @@ class WeightSets(Callback):
         self.online = self._select(pl_module)
         self.reference = self._reference(pl_module)
         if self.uses_ema:
-            self.ema = float32_copy(self.online)
+            self.ema = self._placed(float32_copy(self.online))
         if self.uses_initial:
             moved = any(getattr(callback, "moves_reference", False) for callback in trainer.callbacks)
             self._initial_is_reference = bool(self.reference) and not moved
-            self.initial = self.reference if self._initial_is_reference else _clone(self.online)
+            self.initial = self.reference if self._initial_is_reference else self._placed(_clone(self.online))
         self._restore()
-        if self.uses_ema and self.update_on == "optimizer_step":
-            own = {id(parameter) for parameter in self.online.values()}
+        if self.offload and self.uses_ema:
+            self._offloaded = OffloadedAverage(self.online, self.ema, 1 - self.decay)
+        if self.uses_ema:
             for optimizer in trainer.optimizers:
-                if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
-                    self._handles.append(optimizer.register_step_post_hook(lambda *_: self.update()))
+                self._follow(optimizer)
+
+    def _follow(self, optimizer: Optimizer) -> None:
+        """Have an optimizer that moves the online weights move their average too."""
+        own = {id(parameter) for parameter in self.online.values()}
+        if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+            return
+        if self._offloaded is not None:
+            self._handles.append(optimizer.register_step_pre_hook(self._offloaded.before_step))
+        if self.update_on == "optimizer_step":
+            self._handles.append(optimizer.register_step_post_hook(lambda *_: self.update()))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._offloaded is not None:
+            self._offloaded.close()
+            self._offloaded = None
+
+    def _placed(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not self.offload:
+            return weights
+        on_cpu = {name: tensor.cpu() for name, tensor in weights.items()}
+        cuda = self._device.type == "cuda"
+        return {name: tensor.pin_memory() if cuda else tensor for name, tensor in on_cpu.items()}
 
     def _select(self, pl_module: LightningModule) -> dict[str, Tensor]:
         shadowed = getattr(pl_module, "shadowed_parameters", None)
@@ -132,9 +167,15 @@ class WeightSets(Callback):
 
     def update(self) -> None:
         """One step of the average."""
-        lerp_(self.ema, self.online, 1 - self.decay)
-        self.updates += 1
-        self.after_update()
+        with self._stopwatch.running(self._device):
+            if self._offloaded is None:
+                lerp_(self.ema, self.online, 1 - self.decay)
+            else:
+                self._offloaded.update()
+            self.updates += 1
+            if type(self).after_update is not WeightSets.after_update:
+                self.settle()
+                self.after_update()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -147,6 +188,21 @@ class WeightSets(Callback):
             self.update()
         if self.every is not None and self.batches % self.every == 0:
             self._reset(trainer, pl_module)
+        self.seconds = self._stopwatch.read()
+        if hasattr(pl_module, "ppo_step"):
+            self._log(trainer, pl_module, {f"time/{type(self).__name__}_seconds": self.seconds})
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.online.values())).device
+
+    def settle(self) -> None:
+        """Wait for an offloaded average to take its last step; after that it can be read."""
+        if self._offloaded is not None:
+            self._offloaded.wait()
+
+    def on_before_reset(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.settle()  # another callback is about to move the weights that an offloaded average may still be reading
 
     @property
     def next_reset(self) -> int | None:
@@ -154,10 +210,12 @@ class WeightSets(Callback):
         return None if self.every is None else self.every - self.batches % self.every
 
     def _reset(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.settle()
         self.before_reset(trainer, pl_module)
         _tell(trainer, pl_module, "on_before_reset")
         before = self._distance()
-        self.reset()
+        with self._stopwatch.running(self._device):
+            self.reset()
         self.resets += 1
         self._watched = _watch(trainer)
         telemetry = {"reset/count": float(self.resets)}
@@ -181,6 +239,7 @@ class WeightSets(Callback):
     @contextmanager
     def average_weights(self) -> Iterator[None]:
         """Within this context the online weights are the average; they come back whatever happens inside."""
+        self.settle()
         saved = _clone(self.online)
         copy_(self.online, self.ema)
         try:
@@ -192,6 +251,7 @@ class WeightSets(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and every set that cannot be had from elsewhere; the frozen reference can."""
+        self.settle()
         state: dict[str, Any] = {"batches": self.batches, "updates": self.updates, "resets": self.resets}
         state["watched"] = self._watched  # of a reset on the last batch: the next run logs what came after
         if self.ema:

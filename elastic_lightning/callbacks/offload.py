@@ -1,0 +1,72 @@
+"""An average kept in CPU memory, moved there while the device goes on training."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic_lightning.functional import copy_, lerp_
+
+
+class OffloadedAverage:
+    """Moves `ema` on the CPU towards `online` on a device, one step an `update`, without holding the device up.
+
+    On CUDA the weights are copied into pinned memory on a stream of their own, and a thread adds them to the average
+    once they have arrived. The weights must not change before they are copied: an optimizer is made to wait for that
+    by its `before_step` hook, on the device. Elsewhere the same happens without streams.
+
+    Args:
+        online: the weights that are trained, by name.
+        ema: their average, float32 on the CPU, by the same names.
+        weight: of the online weights in one step.
+    """
+
+    def __init__(self, online: dict[str, Tensor], ema: dict[str, Tensor], weight: float) -> None:
+        self.online, self.ema, self.weight = online, ema, weight
+        self.device = next(iter(online.values())).device
+        cuda = self.device.type == "cuda"
+        self.arrived = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=cuda) for name, tensor in online.items()
+        }
+        self.stream = torch.cuda.Stream(self.device) if cuda else None
+        self.copied: torch.cuda.Event | None = None
+        self.thread = ThreadPoolExecutor(1, "average")
+        self.pending: Future | None = None
+
+    def update(self) -> None:
+        """Start one step of the average; the one before is then complete."""
+        self.wait()
+        if self.stream is None:
+            copy_(self.arrived, self.online)
+        else:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self.stream), torch.no_grad():
+                for name, tensor in self.online.items():
+                    self.arrived[name].copy_(tensor, non_blocking=True)
+                self.copied = torch.cuda.Event()
+                self.copied.record()
+        self.pending = self.thread.submit(self._move)
+
+    def before_step(self, *args: Any) -> None:
+        """Before the weights change on the device: its stream waits until they are copied. An optimizer's hook."""
+        if self.copied is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.copied)
+
+    def wait(self) -> None:
+        """Return when the average has taken its last step."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            pending.result()
+
+    def close(self) -> None:
+        """Finish the last step and end the thread."""
+        self.wait()
+        self.thread.shutdown()
+
+    def _move(self) -> None:
+        if self.copied is not None:
+            self.copied.synchronize()
+        lerp_(self.ema, self.arrived, self.weight)
