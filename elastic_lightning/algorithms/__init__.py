@@ -1,9 +1,10 @@
 """LightningModules."""
 
+from elastic_lightning.algorithms.execution import Execution
 from elastic_lightning.algorithms.language_model import LanguageModel
 from elastic_lightning.algorithms.ppo import PPO
 from elastic_lightning.algorithms.ppo_config import PPOConfig
 from elastic_lightning.algorithms.reward_model import LabelledTexts, RewardModel
 from elastic_lightning.algorithms.supervised import AdamWConfig
 
-__all__ = ["PPO", "AdamWConfig", "LabelledTexts", "LanguageModel", "PPOConfig", "RewardModel"]
+__all__ = ["PPO", "AdamWConfig", "Execution", "LabelledTexts", "LanguageModel", "PPOConfig", "RewardModel"]

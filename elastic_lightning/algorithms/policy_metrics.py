@@ -54,9 +54,8 @@ class PolicyMetrics(nn.Module):
         tokens = responses.tokens.masked_fill(~responses.mask, 0)  # a pad token may lie outside the vocabulary
         self.sample_perplexity.update(-token_logprobs(reference_logits, tokens), responses.mask)
 
-    def update_human(self, logits: Tensor, tokens: Tensor) -> None:
-        """Add human text [B, L] by the policy's logits [B, L, V]."""
-        nll = -token_logprobs(logits[:, :-1], tokens[:, 1:])
+    def update_human(self, nll: Tensor) -> None:
+        """Add human text by the policy's negative log-likelihood [B, L-1] of each token but the first."""
         self.perplexity.update(nll, torch.ones_like(nll, dtype=torch.bool))
 
     def compute_and_reset(self) -> dict[str, float]:

@@ -15,16 +15,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchmetrics import Metric
 
+from elastic_lightning.algorithms.execution import Execution
 from elastic_lightning.algorithms.policy_metrics import PolicyMetrics
 from elastic_lightning.errors import UserError
-from elastic_lightning.functional import token_logprobs
 from elastic_lightning.policies import (
     ActorCritic,
     CausalLM,
+    GraphSampler,
     ModelSource,
     Prompts,
     Responses,
     Rollout,
+    RolloutCopy,
     Sampling,
     Texts,
     counter_uniforms,
@@ -33,12 +35,12 @@ from elastic_lightning.policies import (
     make_reference,
     sample,
 )
-from elastic_lightning.policies.actor_critic import scale
 from elastic_lightning.policies.loading import context_length, disable_dropout
 from elastic_lightning.policies.reference import ReferenceKind
 from elastic_lightning.policies.saving import save_causal
 from elastic_lightning.rewards import Reward, Scores, score
 
+VALIDATION_LOGITS = 2**24  # of policy and initial policy each that stand in memory at a time
 VALIDATION_STEP = -1  # uniforms of validation are those of this step: every validation draws with the same luck
 
 
@@ -55,7 +57,7 @@ class PolicyModule(LightningModule):
         sampling: how responses are drawn.
         reference: what drift is measured against; see `elastic_lightning.policies.make_reference`.
         separate_value_trunk: give the value function a transformer of its own.
-        scoring_batch_size: rows a forward in reference log-probabilities and validation.
+        execution: what makes a run faster or smaller.
         metrics: further metrics on texts, see `PolicyMetrics`.
         seed: of sampling; the run's ``seed_everything`` by default.
     """
@@ -67,20 +69,31 @@ class PolicyModule(LightningModule):
         sampling: Sampling,
         reference: ReferenceKind,
         separate_value_trunk: bool,
-        scoring_batch_size: int,
+        execution: Execution,
         metrics: list[Metric] | None,
         seed: int | None,
     ) -> None:
         super().__init__()
+        execution.check(policy)
         loaded = load_source(policy)
         disable_dropout(loaded.model)
+        if execution.trainable_layers is not None and loaded.unmerged_adapter:
+            raise UserError(
+                "execution.trainable_layers and a policy with an unmerged adapter exclude each other: merge it first"
+            )
         self.tokenizer = loaded.tokenizer
-        self.actor = ActorCritic(CausalLM(loaded.model), separate_value_trunk).eval()
+        lm = CausalLM(loaded.model, execution.trainable_layers, execution.gradient_checkpointing)
+        self.actor = ActorCritic(lm, separate_value_trunk).eval()
         self.reference = make_reference(self.actor.lm, reference, loaded.unmerged_adapter)
         self.initial = self.reference  # what drift is measured against
         self.reward = reward
         self.sampling = sampling
-        self.scoring_batch_size = scoring_batch_size
+        self.execution = execution
+        lower = execution.rollout_dtype not in (None, policy.dtype)
+        self.rollout_copy = RolloutCopy(lm, getattr(torch, execution.rollout_dtype)) if lower else None
+        self._graph_samplers: dict[int, GraphSampler] = {}
+        if execution.compile:
+            lm.compile_update()
         self.policy_metrics = PolicyMetrics(metrics)
         self.sampling_seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.ppo_step = 0
@@ -111,14 +124,20 @@ class PolicyModule(LightningModule):
 
     # Sampling and scoring ---------------------------------------------------------------------------------------
 
-    def sample(self, prompts: Prompts, step: int, first_row: int = 0) -> Rollout:
-        """One response a prompt; the draws are a function of (seed, step, global row, position)."""
+    def sample(self, prompts: Prompts, step: int, first_row: int = 0, lm: CausalLM | None = None) -> Rollout:
+        """One response a prompt, from `lm` (the policy by default); the draws are a function of (seed, step, global
+        row, position)."""
         self.check_context(prompts.tokens.shape[1])
         rows = torch.arange(len(prompts.tokens), device=self.device) + first_row
         uniforms = counter_uniforms(self.sampling_seed, step, rows, self.sampling.max_new_tokens)
-        return sample(
-            self.actor, prompts, self.sampling, uniforms, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        )
+        lm = self.actor.lm if lm is None else lm
+        ends = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        columns = GraphSampler.capacity(prompts.tokens.shape[1], self.sampling)
+        if self.device.type != "cuda" or not self.execution.cuda_graphs or not lm.takes_static_masks(columns):
+            return sample(self.actor, prompts, self.sampling, uniforms, *ends, lm)
+        if id(lm) not in self._graph_samplers:
+            self._graph_samplers[id(lm)] = GraphSampler(self.actor, self.sampling, *ends, lm)
+        return self._graph_samplers[id(lm)](prompts, uniforms)
 
     def score(self, prompts: Prompts, responses: Responses) -> tuple[Texts, Scores]:
         """Texts of a batch and their scores [B], on the module's device."""
@@ -126,22 +145,56 @@ class PolicyModule(LightningModule):
         total, components = score(self.reward, texts.prompts, texts.responses)
         return texts, Scores(total.to(self.device), {name: part.to(self.device) for name, part in components.items()})
 
-    def reference_logprobs(self, prompts: Prompts, responses: Responses) -> Tensor:
-        """Log-probabilities [B, T] of the responses under theta_0, at the sampling temperature."""
-        parts = []
-        for chunk_prompts, chunk in self._chunks(prompts, responses):
-            logits = scale(self.reference.response_logits(chunk_prompts, chunk), self.sampling.temperature)
-            parts.append(token_logprobs(logits, chunk.tokens.masked_fill(~chunk.mask, 0)))
-        return torch.cat(parts)
+    def rollout(self, prompts: Prompts, step: int, first_row: int = 0) -> Rollout:
+        """`sample` for training: with the copy of the weights that `execution.rollout_dtype` asks for."""
+        if self.rollout_copy is None:
+            return self.sample(prompts, step, first_row)
+        self.rollout_copy.refresh(self.actor.lm)
+        with torch.autocast(self.device.type, enabled=False):
+            return self.sample(prompts, step, first_row, self.rollout_copy.lm)
 
-    def _chunks(self, prompts: Prompts, responses: Responses) -> list[tuple[Prompts, Responses]]:
-        size = self.scoring_batch_size
+    def trunk_hidden(self, prompts: Prompts, responses: Responses) -> Tensor | None:
+        """What leaves the frozen layers [B, P+T-1, H], where `execution.trainable_layers` froze some."""
+        if self.execution.trainable_layers is None:
+            return None
+        return torch.cat([self.actor.lm.trunk_hidden(*part[:2]) for part in self._chunks(prompts, responses)])
+
+    @torch.no_grad()
+    def recompute(self, prompts: Prompts, rollout: Rollout, trunk: Tensor | None = None) -> Rollout:
+        """The rollout with log-probabilities and values from a forward pass as the update does it, where
+        `execution.recompute_logprobs` wants that; else the same rollout."""
+        if not self.execution.recomputes(next(self.actor.lm.parameters()).dtype):
+            return rollout
+        parts = [
+            self.actor.evaluate(*part, self.sampling.temperature, trunk=part_trunk)
+            for *part, part_trunk in self._chunks(prompts, rollout.responses, trunk)
+        ]
+        logprobs = torch.cat([part.logprobs for part in parts])
+        values = torch.cat([part.values for part in parts]).masked_fill(~rollout.mask, 0)
+        return rollout._replace(logprobs=logprobs, values=values)
+
+    def reference_logprobs(self, prompts: Prompts, responses: Responses, trunk: Tensor | None = None) -> Tensor:
+        """Log-probabilities [B, T] of the responses under theta_0, at the sampling temperature."""
+        with torch.inference_mode():
+            parts = [
+                self.reference.logprobs(*part, self.sampling.temperature, trunk=part_trunk)
+                for *part, part_trunk in self._chunks(prompts, responses, trunk)
+            ]
+        return torch.cat(parts)  # outside, where what is made may enter a graph
+
+    def _chunks(
+        self, prompts: Prompts, responses: Responses, trunk: Tensor | None = None, size: int | None = None
+    ) -> list[tuple[Prompts, Responses, Tensor | None]]:
+        """Rows of all three, `size` at a time (by default as many as `execution.scoring_batch_size`, or all)."""
+        rows = len(prompts.tokens)
+        size = size or self.execution.scoring_batch_size or rows
         return [
             (
                 Prompts(*(x[start : start + size] for x in prompts)),
                 Responses(*(x[start : start + size] for x in responses)),
+                None if trunk is None else trunk[start : start + size],
             )
-            for start in range(0, len(prompts.tokens), size)
+            for start in range(0, rows, size)
         ]
 
     # Validation, test, prediction -------------------------------------------------------------------------------
@@ -151,12 +204,13 @@ class PolicyModule(LightningModule):
     ) -> list[dict[str, Any]] | None:
         """Measure one batch; returns the rows of `predict_step` for prompts."""
         if isinstance(batch, Tensor):
-            self.policy_metrics.update_human(self._human_logits(batch), batch)
+            self.policy_metrics.update_human(-self.actor.lm.next_token_statistics(batch).logprobs)
             return None
         rollout = self.sample(batch, VALIDATION_STEP, self._first_row(batch))
         texts, scores = self.score(batch, rollout.responses)
         self.policy_metrics.update_samples(rollout.responses, texts, scores.total)
-        for prompts, responses in self._chunks(batch, rollout.responses):
+        whole = rollout.mask.shape[1] * self.actor.lm.config.vocab_size  # logits a row
+        for prompts, responses, _ in self._chunks(batch, rollout.responses, size=max(1, VALIDATION_LOGITS // whole)):
             logits = self.actor.lm.response_logits(prompts, responses)
             initial = self.initial.response_logits(prompts, responses)
             self.policy_metrics.update_logits(responses, logits, initial, self.sampling.temperature)
@@ -186,11 +240,6 @@ class PolicyModule(LightningModule):
         rollout = self.sample(batch, VALIDATION_STEP, self._first_row(batch))
         texts, scores = self.score(batch, rollout.responses)
         return _rows(texts, scores)
-
-    def _human_logits(self, tokens: Tensor) -> Tensor:
-        lm = self.actor.lm
-        mask = torch.ones_like(tokens)
-        return lm.logits(lm.backbone(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state)
 
     def on_validation_epoch_start(self) -> None:
         self._rows_drawn = 0
@@ -224,6 +273,9 @@ class PolicyModule(LightningModule):
         longest = getattr(getattr(self.trainer, "datamodule", None), "max_prompt_tokens", None)
         if longest is not None:
             self.check_context(longest)
+
+    def teardown(self, stage: str) -> None:
+        self._graph_samplers.clear()  # Lightning moves the weights from here on, and graphs hold their addresses
 
     def check_context(self, prompt_tokens: int) -> None:
         """Raise a `UserError` when prompts and responses do not fit the model's positions."""

@@ -6,13 +6,14 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
+from elastic_lightning.algorithms.execution import Execution
 from elastic_lightning.algorithms.experience import (
     Experience,
     explained_variance,
@@ -20,29 +21,19 @@ from elastic_lightning.algorithms.experience import (
     shape_scores,
 )
 from elastic_lightning.algorithms.hyperparameters import from_plain
+from elastic_lightning.algorithms.minibatch import Lengths, MiniBatch, micro_batches
 from elastic_lightning.algorithms.policy_module import PolicyModule
 from elastic_lightning.algorithms.ppo_config import PPOConfig
 from elastic_lightning.algorithms.schedules import schedule_factor
+from elastic_lightning.algorithms.supervised import can_fuse
 from elastic_lightning.errors import UserError
-from elastic_lightning.functional import kl_k1, kl_k3, masked_mean, ppo_policy_loss, ppo_value_loss
+from elastic_lightning.functional import TokenLoss, kl_k1, kl_k3, masked_mean, ppo_policy_loss, ppo_value_loss
 from elastic_lightning.policies import ModelSource, Prompts, Rollout, Sampling, counter_uniforms, ended
 from elastic_lightning.policies.reference import ReferenceKind
 from elastic_lightning.rewards import Reward, Scores
 
 FIRST_RATIO_TOLERANCE = 0.05
 PERMUTATION_SEED = 0x5EED  # keeps the draws that order a batch apart from those that sample it
-
-
-class MiniBatch(NamedTuple):
-    """Rows of one PPO batch: everything the loss reads."""
-
-    prompts: Prompts
-    rollout: Rollout
-    experience: Experience
-
-    def rows(self, index: Tensor) -> MiniBatch:
-        """The given rows of every tensor."""
-        return MiniBatch(*(type(part)(*(tensor[index] for tensor in part)) for part in self))
 
 
 class PPO(PolicyModule):
@@ -60,7 +51,7 @@ class PPO(PolicyModule):
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         reference: ReferenceKind = "auto",
         separate_value_trunk: bool = False,
-        scoring_batch_size: int = 32,
+        execution: Execution = Execution(),  # noqa: B008 (frozen)
         metrics: list[Metric] | None = None,
         seed: int | None = None,
     ) -> None:
@@ -72,13 +63,13 @@ class PPO(PolicyModule):
             sampling: how responses are drawn.
             reference: what drift is measured against: adapter_off (LoRA), frozen_copy, or auto.
             separate_value_trunk: give the value function a transformer of its own.
-            scoring_batch_size: rows a forward in reference log-probabilities and validation.
+            execution: what makes a run faster or smaller.
             metrics: further metrics on sampled texts, logged at validation.
             seed: of sampling; the run's seed_everything by default.
         """
         policy, ppo = from_plain(ModelSource, policy), from_plain(PPOConfig, ppo)
-        sampling = from_plain(Sampling, sampling)
-        super().__init__(policy, reward, sampling, reference, separate_value_trunk, scoring_batch_size, metrics, seed)
+        sampling, execution = from_plain(Sampling, sampling), from_plain(Execution, execution)
+        super().__init__(policy, reward, sampling, reference, separate_value_trunk, execution, metrics, seed)
         self.save_plain_hyperparameters(ignore=["reward", "metrics"])
         self.automatic_optimization = False
         self.config = ppo
@@ -93,17 +84,23 @@ class PPO(PolicyModule):
     def training_step(self, batch: Prompts, batch_idx: int) -> None:
         self._check_batch(batch)
         with self._timed("rollout"):
-            rollout = self.sample(batch, self.ppo_step, self.global_rank * len(batch.tokens))
+            decoded = self.rollout(batch, self.ppo_step, self.global_rank * len(batch.tokens))
         with self._timed("scoring"):
-            _, scores = self.score(batch, rollout.responses)
-            reference_logprobs = self.reference_logprobs(batch, rollout.responses)
+            _, scores = self.score(batch, decoded.responses)
+            trunk = self.trunk_hidden(batch, decoded.responses)
+            rollout = self.recompute(batch, decoded, trunk)
+            reference_logprobs = self.reference_logprobs(batch, rollout.responses, trunk)
         shaped = shape_scores(scores.total, rollout, self.config, self.tokenizer.eos_token_id)
         coefficient = self.kl_controller.coefficient
         experience = make_experience(
             rollout, shaped, reference_logprobs, coefficient, self.config, self._sum_over_ranks
         )
         with self._timed("update"):
-            losses = self.update(MiniBatch(batch, rollout, experience))
+            losses = self.update(MiniBatch(batch, rollout, experience, trunk))
+        if rollout is not decoded:
+            losses["rollout_ratio_deviation"] = _ratio_deviation(
+                rollout.logprobs - decoded.logprobs, rollout.mask
+            ).item()
         self.ppo_step += 1
         self._log_batch(rollout, scores, reference_logprobs, experience, losses)
         self.lr_schedulers().step()  # after the log, which shows the rate that this batch was trained with
@@ -111,9 +108,11 @@ class PPO(PolicyModule):
     def update(self, batch: MiniBatch) -> dict[str, float]:
         """Epochs of mini-batches over one PPO batch; returns what was measured on the way, averaged."""
         measured: dict[str, list[Tensor]] = defaultdict(list)
+        lengths = Lengths.of(batch)
         for epoch in range(self.config.epochs):
             for rows in self._permutation(len(batch.prompts.tokens), epoch).tensor_split(self.config.mini_batches):
-                statistics = self._accumulate_gradient(batch.rows(rows))
+                parts = list(micro_batches(batch, rows, lengths, self.config.micro_batch_size))
+                statistics = self._accumulate_gradient(parts)
                 for name, value in statistics.items():
                     measured[name].append(value)
                 if self._moved_too_far(statistics["approx_kl"]):
@@ -123,19 +122,16 @@ class PPO(PolicyModule):
                 measured["grad_norm"].append(self.grad_norm)
         return self._summarise(measured, stopped=False)
 
-    def _accumulate_gradient(self, batch: MiniBatch) -> dict[str, Tensor]:
+    def _accumulate_gradient(self, parts: list[MiniBatch]) -> dict[str, Tensor]:
         """Backward over micro-batches. Each weighs its share of the mini-batch's tokens on all ranks, so the gradient
         is that of one big batch on one rank."""
         self.optimizers().zero_grad()
-        size = self.config.micro_batch_size or len(batch.prompts.tokens)
-        parts = torch.arange(len(batch.prompts.tokens), device=self.device).split(size)
-        tokens = self._sum_over_ranks(batch.rollout.mask.sum().float())
+        tokens = self._sum_over_ranks(torch.stack([part.rollout.mask.sum() for part in parts]).sum().float())
         statistics: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
-        for number, rows in enumerate(parts, start=1):
-            part = batch.rows(rows)
+        for part in parts:
             share = part.rollout.mask.sum() / tokens
             loss, measured = self._loss(part)
-            with nullcontext() if number == len(parts) else self._no_gradient_sync():
+            with nullcontext() if part is parts[-1] else self._no_gradient_sync():
                 self.manual_backward(loss * share * self.trainer.world_size)  # DDP averages gradients over ranks
             for name, value in measured.items():
                 if name == "ratio_deviation":
@@ -147,41 +143,52 @@ class PPO(PolicyModule):
 
     def _loss(self, batch: MiniBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss per valid token and what is worth knowing of it, each a scalar."""
-        config, (prompts, rollout, experience) = self.config, batch
+        config, (prompts, rollout, experience, trunk) = self.config, batch
         mask = rollout.mask
-        evaluation = self.actor(
-            prompts, rollout.responses, self.sampling.temperature, entropy_gradient=config.entropy_coefficient != 0
-        )
-        policy_loss, clip_fraction = ppo_policy_loss(
-            evaluation.logprobs, rollout.logprobs, experience.advantages, mask, config.clip
+        token_loss, evaluation = self.actor(
+            prompts, rollout.responses, self._token_loss(batch), self.sampling.temperature, trunk
         )
         value_loss, value_clip_fraction = ppo_value_loss(
             evaluation.values, rollout.values, experience.returns, mask, config.value_clip
         )
-        entropy = masked_mean(evaluation.entropy, mask)
-        loss = policy_loss + config.value_coefficient * value_loss - config.entropy_coefficient * entropy
+        loss = token_loss / mask.sum() + config.value_coefficient * value_loss
         with torch.no_grad():
-            log_ratio = (evaluation.logprobs - rollout.logprobs).masked_fill(~mask, 0)
-            ratio = log_ratio.exp()
+            policy_loss, clip_fraction = ppo_policy_loss(
+                evaluation.logprobs, rollout.logprobs, experience.advantages, mask, config.clip
+            )
+            log_ratio = evaluation.logprobs - rollout.logprobs
             measured = {
                 "policy_loss": policy_loss,
                 "value_loss": value_loss,
-                "entropy": entropy,
+                "entropy": masked_mean(evaluation.entropy, mask),
                 "clip_fraction": clip_fraction,
                 "value_clip_fraction": value_clip_fraction,
                 "approx_kl": masked_mean(-log_ratio, mask),
-                "ratio": masked_mean(ratio, mask),
-                "ratio_deviation": (ratio - 1).abs().max(),
+                "ratio": masked_mean(log_ratio.exp(), mask),
+                "ratio_deviation": _ratio_deviation(log_ratio, mask),
             }
         return loss, {name: value.detach() for name, value in measured.items()}
+
+    def _token_loss(self, batch: MiniBatch) -> TokenLoss:
+        """The part of the loss that reads log-probabilities and entropy, summed over the valid tokens it is given."""
+        mask, entropy_coefficient = batch.rollout.mask, self.config.entropy_coefficient
+        old_logprobs, advantages = batch.rollout.logprobs[mask], batch.experience.advantages[mask]
+        every = torch.ones_like(old_logprobs, dtype=torch.bool)
+
+        def loss(logprobs: Tensor, entropy: Tensor, part: slice) -> Tensor:
+            mean, _ = ppo_policy_loss(logprobs, old_logprobs[part], advantages[part], every[part], self.config.clip)
+            total = mean * len(logprobs)
+            return total - entropy_coefficient * entropy.sum() if entropy_coefficient else total
+
+        return loss
 
     def _moved_too_far(self, approx_kl: Tensor) -> bool:
         """Whether to stop the update; `approx_kl` is already that of all ranks, so they decide alike."""
         return self.config.target_kl is not None and approx_kl.item() > 1.5 * self.config.target_kl
 
     def _permutation(self, rows: int, epoch: int) -> Tensor:
-        """Order of the rows [B] in an epoch: a pure function of (seed, ppo_step, epoch)."""
-        epoch_row = torch.tensor([epoch], device=self.device)
+        """Order of the rows [B] in an epoch, on the CPU: a pure function of (seed, ppo_step, epoch)."""
+        epoch_row = torch.tensor([epoch])
         return counter_uniforms(self.sampling_seed ^ PERMUTATION_SEED, self.ppo_step, epoch_row, rows)[0].argsort()
 
     # Optimizer --------------------------------------------------------------------------------------------------
@@ -197,7 +204,11 @@ class PPO(PolicyModule):
             {"params": value, "lr": config.value_learning_rate or config.learning_rate, "name": "value"},
         ]
         optimizer = torch.optim.AdamW(
-            groups, betas=tuple(config.adam_betas), eps=config.adam_eps, weight_decay=config.weight_decay
+            groups,
+            betas=tuple(config.adam_betas),
+            eps=config.adam_eps,
+            weight_decay=config.weight_decay,
+            fused=can_fuse(self.trainer, self.device) or None,  # None lets torch choose
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: schedule_factor(config.schedule, step, config.warmup, self._total_batches())
@@ -332,3 +343,8 @@ class PPO(PolicyModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.kl_controller.load_state_dict(checkpoint["kl_controller"])
+
+
+def _ratio_deviation(log_ratio: Tensor, mask: Tensor) -> Tensor:
+    """Largest distance of a valid token's ratio from 1."""
+    return torch.expm1(log_ratio.masked_fill(~mask, 0)).abs().max()

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
 from elastic_lightning.algorithms.schedules import Schedule, schedule_factor
@@ -39,6 +40,14 @@ class AdamWConfig:
             raise UserError(f"optimizer.schedule must be one of {get_args(Schedule)}, got {self.schedule!r}")
 
 
+def can_fuse(trainer: Trainer, device: torch.device) -> bool:
+    """Whether AdamW may update all weights in one kernel. With a gradient scaler it would unscale by itself, after the
+    clipping; and under autocast Lightning's own clipping refuses it, scaler or not."""
+    mixed = isinstance(trainer.precision_plugin, MixedPrecision)
+    scaled = mixed and trainer.precision_plugin.scaler is not None
+    return device.type in ("cpu", "cuda") and not scaled and not (mixed and trainer.gradient_clip_val)
+
+
 class SupervisedModule(LightningModule):
     """A Hugging Face model trained by automatic optimization; subclasses define the steps."""
 
@@ -52,7 +61,12 @@ class SupervisedModule(LightningModule):
             {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=tuple(config.betas))
+        optimizer = torch.optim.AdamW(
+            groups,
+            lr=config.learning_rate,
+            betas=tuple(config.betas),
+            fused=can_fuse(self.trainer, self.device) or None,
+        )
         total = self.trainer.estimated_stepping_batches
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: schedule_factor(config.schedule, step, config.warmup, total)

@@ -14,12 +14,15 @@ from elastic_lightning.functional.kl import (
 )
 from elastic_lightning.functional.losses import ppo_policy_loss, ppo_value_loss
 from elastic_lightning.functional.ngram import bigram_perplexity
+from elastic_lightning.functional.output_layer import TokenLoss, TokenStatistics, output_loss, output_statistics
 from elastic_lightning.functional.precision import at_least_float32
 from elastic_lightning.functional.weights import copy_, distance, float32_copy, lerp_, slerp
 
 __all__ = [
     "AdaptiveKL",
     "FixedKL",
+    "TokenLoss",
+    "TokenStatistics",
     "at_least_float32",
     "bigram_perplexity",
     "copy_",
@@ -35,6 +38,8 @@ __all__ = [
     "lerp_",
     "masked_mean",
     "ngrams",
+    "output_loss",
+    "output_statistics",
     "ppo_policy_loss",
     "ppo_value_loss",
     "slerp",

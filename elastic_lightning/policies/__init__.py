@@ -2,8 +2,10 @@
 
 from elastic_lightning.policies.actor_critic import ActorCritic, Evaluation
 from elastic_lightning.policies.causal import CausalLM, Prompts, Responses
+from elastic_lightning.policies.graph_sampling import GraphSampler
 from elastic_lightning.policies.loading import LoadedPolicy, LoRA, ModelSource, load_policy, load_source, load_tokenizer
 from elastic_lightning.policies.reference import AdapterOff, FrozenCopy, make_reference
+from elastic_lightning.policies.rollout_copy import RolloutCopy
 from elastic_lightning.policies.sampling import Rollout, Sampling, counter_uniforms, draw, sample
 from elastic_lightning.policies.text import Texts, decode_texts, ended
 
@@ -13,12 +15,14 @@ __all__ = [
     "CausalLM",
     "Evaluation",
     "FrozenCopy",
+    "GraphSampler",
     "LoRA",
     "LoadedPolicy",
     "ModelSource",
     "Prompts",
     "Responses",
     "Rollout",
+    "RolloutCopy",
     "Sampling",
     "Texts",
     "counter_uniforms",

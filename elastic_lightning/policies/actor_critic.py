@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from elastic_lightning.functional import entropy, token_logprobs
+from elastic_lightning.functional import TokenLoss
 from elastic_lightning.policies.causal import CausalLM, Prompts, Responses
 
 
@@ -33,32 +33,56 @@ class ActorCritic(nn.Module):
         self.value_head = nn.Linear(lm.config.hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
-        self.value_trunk = copy.deepcopy(lm.backbone) if separate_value_trunk else None
+        self.value_trunk = _trunk_copy(lm) if separate_value_trunk else None
 
     def forward(
-        self, prompts: Prompts, responses: Responses, temperature: float = 1.0, entropy_gradient: bool = True
-    ) -> Evaluation:
-        """Log-probabilities under the temperature-scaled, untruncated distribution; entropy of the same; values.
+        self,
+        prompts: Prompts,
+        responses: Responses,
+        loss: TokenLoss,
+        temperature: float = 1.0,
+        trunk: Tensor | None = None,
+    ) -> tuple[Tensor, Evaluation]:
+        """A loss of each token's log-probability and entropy, differentiable, and the evaluation it was made from.
 
-        Without `entropy_gradient` the entropy is only measured, which saves its share of the backward pass.
+        In the evaluation only the values carry a gradient: `loss` is differentiated on the way, see
+        `elastic_lightning.functional.output_loss`. `trunk` is that of `CausalLM.response_hidden`.
         """
-        hidden = self.lm.response_hidden(prompts, responses)
-        logits = scale(self.lm.logits(hidden), temperature)
-        values = self.values(prompts, responses) if self.value_trunk is not None else self.value(hidden)
-        tokens = responses.tokens.masked_fill(~responses.mask, 0)  # a pad token may lie outside the vocabulary
-        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-            entropies = entropy(logits)
-        return Evaluation(token_logprobs(logits, tokens), entropies, values)
+        hidden = self.lm.response_hidden(prompts, responses, trunk=trunk)
+        total, statistics = self.lm.token_loss(hidden, responses, loss, temperature)
+        return total, Evaluation(*statistics, self.values(prompts, responses, hidden, trunk))
+
+    def evaluate(
+        self, prompts: Prompts, responses: Responses, temperature: float = 1.0, trunk: Tensor | None = None
+    ) -> Evaluation:
+        """Log-probabilities and entropy of the temperature-scaled, untruncated distribution, without gradient; values
+        with."""
+        hidden = self.lm.response_hidden(prompts, responses, trunk=trunk)
+        statistics = self.lm.token_statistics(hidden, responses, temperature)
+        return Evaluation(*statistics, self.values(prompts, responses, hidden, trunk))
 
     def value(self, hidden: Tensor) -> Tensor:
-        """Values [...] of hidden states [..., H], in float32."""
-        return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
+        """Values [...] of hidden states [..., H], in float32 under autocast too."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
 
-    def values(self, prompts: Prompts, responses: Responses) -> Tensor:
-        """Values [B, T] before each response token."""
-        return self.value(self.lm.response_hidden(prompts, responses, self.value_trunk))
+    def values(
+        self, prompts: Prompts, responses: Responses, hidden: Tensor | None = None, trunk: Tensor | None = None
+    ) -> Tensor:
+        """Values [B, T] before each response token; `hidden` are the policy's own states, where they are there."""
+        if self.value_trunk is not None:
+            hidden = self.lm.response_hidden(prompts, responses, self.value_trunk, trunk)
+        elif hidden is None:
+            hidden = self.lm.response_hidden(prompts, responses, trunk=trunk)
+        return self.value(hidden)
 
 
 def scale(logits: Tensor, temperature: float) -> Tensor:
     """Float32 logits divided by the temperature; no copy where there is nothing to do."""
     return logits.float() if temperature == 1 else logits.float() / temperature
+
+
+def _trunk_copy(lm: CausalLM) -> nn.Module:
+    """A transformer that starts as the policy's and shares the weights which are not trained."""
+    shared = {id(parameter): parameter for parameter in lm.parameters() if not parameter.requires_grad}
+    return copy.deepcopy(lm.backbone, shared)

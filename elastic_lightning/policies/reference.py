@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Literal
 
 import torch
@@ -15,11 +14,23 @@ ReferenceKind = Literal["auto", "adapter_off", "frozen_copy"]
 
 
 class FrozenCopy(nn.Module):
-    """A copy of the policy as it was at the start. Its weights are also theta_0 for Elastic Reset."""
+    """A copy of the policy as it was at the start. Its weights are also theta_0 for Elastic Reset.
+
+    Weights that are not trained (below `trainable_layers`, or the base of an adapter) are the policy's own: the copy
+    costs what is trained.
+    """
 
     def __init__(self, lm: CausalLM) -> None:
         super().__init__()
-        self.lm = copy.deepcopy(lm).requires_grad_(False)
+        self.lm = lm.copy()
+
+    @torch.no_grad()
+    def logprobs(
+        self, prompts: Prompts, responses: Responses, temperature: float = 1.0, trunk: Tensor | None = None
+    ) -> Tensor:
+        """Log-probabilities [B, T] of the responses, 0 at padding."""
+        hidden = self.lm.response_hidden(prompts, responses, trunk=trunk)
+        return self.lm.token_statistics(hidden, responses, temperature).logprobs
 
     @torch.no_grad()
     def response_logits(self, prompts: Prompts, responses: Responses) -> Tensor:
@@ -36,6 +47,15 @@ class AdapterOff:
 
     def __init__(self, lm: CausalLM) -> None:
         self.lm = lm
+
+    @torch.no_grad()
+    def logprobs(
+        self, prompts: Prompts, responses: Responses, temperature: float = 1.0, trunk: Tensor | None = None
+    ) -> Tensor:
+        """Log-probabilities [B, T] of the responses, 0 at padding."""
+        with self.lm.adapter_off():
+            hidden = self.lm.response_hidden(prompts, responses, trunk=trunk)
+            return self.lm.token_statistics(hidden, responses, temperature).logprobs
 
     @torch.no_grad()
     def response_logits(self, prompts: Prompts, responses: Responses) -> Tensor:

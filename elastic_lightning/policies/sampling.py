@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from elastic_lightning.errors import UserError
-from elastic_lightning.functional import token_logprobs
 from elastic_lightning.policies.actor_critic import ActorCritic, scale
-from elastic_lightning.policies.causal import Prompts, Responses
+from elastic_lightning.policies.causal import CausalLM, Prompts, Responses
+
+BLOCK = 256  # tokens whose weights are summed first in a search
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,14 @@ class Rollout(NamedTuple):
         return Responses(self.tokens, self.mask)
 
 
+class Choice(NamedTuple):
+    """One drawn token a row, its log-probability and the value before it, each [B]."""
+
+    tokens: Tensor
+    logprobs: Tensor
+    values: Tensor
+
+
 @torch.no_grad()
 def sample(
     policy: ActorCritic,
@@ -67,37 +76,62 @@ def sample(
     uniforms: Tensor,
     eos_token_id: int | None,
     pad_token_id: int,
+    lm: CausalLM | None = None,
 ) -> Rollout:
     """Draw one response a prompt. `uniforms` [B, max_new_tokens] in [0, 1) decide every draw: no hidden generator.
 
-    T is the length of the longest response: decoding stops when every row has ended.
+    T is the length of the longest response: decoding stops when every row has ended. `lm` is what decodes, the policy's
+    own model by default.
     """
-    state, hidden = policy.lm.start(prompts, sampling.max_new_tokens - 1)
+    lm = policy.lm if lm is None else lm
+    state, hidden = lm.start(prompts, sampling.max_new_tokens - 1)
     alive = torch.ones(len(prompts.tokens), dtype=torch.bool, device=prompts.tokens.device)
     columns: list[tuple[Tensor, ...]] = []
     for position in range(sampling.max_new_tokens):
-        logits = scale(policy.lm.logits(hidden), sampling.temperature)
-        drawn = draw(truncate(logits, sampling, position, eos_token_id), uniforms[:, position])
-        logprobs = token_logprobs(logits, drawn)
-        tokens = torch.where(alive, drawn, pad_token_id)
-        columns.append((tokens, alive, logprobs.masked_fill(~alive, 0), policy.value(hidden).masked_fill(~alive, 0)))
+        choice = choose(policy, lm, hidden, sampling, uniforms[:, position], position, eos_token_id)
+        columns.append((torch.where(alive, choice.tokens, pad_token_id), alive, choice.logprobs, choice.values))
         if eos_token_id is not None:
-            alive = alive & (drawn != eos_token_id)
-            if not alive.any():
+            alive = alive & (choice.tokens != eos_token_id)
+            if position + 1 >= sampling.min_new_tokens and not alive.any():
                 break
         if position + 1 < sampling.max_new_tokens:
-            hidden = policy.lm.step(state, torch.where(alive, drawn, 0))
-    rollout = Rollout(*(torch.stack(column, dim=1) for column in zip(*columns, strict=True)))
+            hidden = lm.step(state, torch.where(alive, choice.tokens, 0))
+    return finish(policy, prompts, *(torch.stack(column, dim=1) for column in zip(*columns, strict=True)))
+
+
+def choose(
+    policy: ActorCritic,
+    lm: CausalLM,
+    hidden: Tensor,
+    sampling: Sampling,
+    uniforms: Tensor,
+    position: int | Tensor,
+    eos_token_id: int | None,
+) -> Choice:
+    """Draw the next token of each row from the hidden states [B, H] that predict it."""
+    logits = scale(lm.logits(hidden), sampling.temperature)
+    highest = logits.amax(dim=-1, keepdim=True)
+    weights = (logits - highest).exp()
+    log_total = weights.sum(dim=-1).log() + highest.squeeze(-1)
+    allowed = truncate(logits, sampling, position, eos_token_id)
+    tokens = search(weights, uniforms) if allowed is logits else draw(allowed, uniforms)
+    logprobs = logits.gather(-1, tokens[:, None]).squeeze(-1) - log_total
+    return Choice(tokens, logprobs, policy.value(hidden))
+
+
+def finish(
+    policy: ActorCritic, prompts: Prompts, tokens: Tensor, mask: Tensor, logprobs: Tensor, values: Tensor
+) -> Rollout:
+    """The rollout of what was drawn, each [B, T]: 0 after the end, and the values of a trunk of their own."""
     if policy.value_trunk is not None:  # one parallel pass is cheaper than decoding a second trunk
-        rollout = rollout._replace(values=policy.values(prompts, rollout.responses).masked_fill(~rollout.mask, 0))
-    return rollout
+        values = policy.values(prompts, Responses(tokens, mask))
+    return Rollout(tokens, mask, logprobs.masked_fill(~mask, 0), values.masked_fill(~mask, 0))
 
 
-def truncate(logits: Tensor, sampling: Sampling, position: int, eos_token_id: int | None) -> Tensor:
-    """Logits [B, V] with the tokens that may not be drawn at this position at -inf."""
-    if eos_token_id is not None and position < sampling.min_new_tokens:
-        logits = logits.clone()
-        logits[:, eos_token_id] = -torch.inf
+def truncate(logits: Tensor, sampling: Sampling, position: int | Tensor, eos_token_id: int | None) -> Tensor:
+    """Logits [B, V] with the tokens that may not be drawn at this position (a number, or a tensor of one) at -inf."""
+    if eos_token_id is not None and sampling.min_new_tokens > 0:
+        logits = _forbid(logits, eos_token_id, position < sampling.min_new_tokens)
     if 0 < sampling.top_k < logits.shape[-1]:
         threshold = logits.topk(sampling.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < threshold, -torch.inf)
@@ -109,16 +143,55 @@ def truncate(logits: Tensor, sampling: Sampling, position: int, eos_token_id: in
     return logits
 
 
+def _forbid(logits: Tensor, token: int, when: bool | Tensor) -> Tensor:
+    if isinstance(when, bool) and not when:
+        return logits
+    logits = logits.clone()
+    logits[:, token] = -torch.inf if isinstance(when, bool) else logits[:, token].masked_fill(when, -torch.inf)
+    return logits
+
+
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     """Exact inverse-CDF draws [B] from softmax(logits [B, V]) with one uniform a row [B] in [0, 1).
 
-    About ten times as fast as `torch.multinomial` on a CPU, and a function of its arguments alone.
+    Many times as fast as `torch.multinomial` on a CPU, and a function of its arguments alone.
     """
-    cumulative = (logits - logits.amax(dim=-1, keepdim=True)).exp().cumsum(dim=-1)
-    total = cumulative[:, -1:]
-    # Below `total` even when rounding lifts u * total onto it, so a token without probability is never drawn.
-    target = torch.minimum(uniforms[:, None].to(total.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    return search((logits - logits.amax(dim=-1, keepdim=True)).exp(), uniforms)
+
+
+def search(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """The first token [B] of each row at which the running sum of weights [B, V] exceeds uniform * total.
+
+    In two stages, the block and then the token in it: a running sum over a whole vocabulary cannot be computed
+    in parallel, and its rounding grows with V.
+    """
+    sums = _block_sums(weights)
+    running = sums.cumsum(dim=-1)
+    block, rest = _search_row(running, uniforms.to(running.dtype) * running[:, -1])
+    tokens = block[:, None] * BLOCK + torch.arange(BLOCK, device=weights.device)
+    inside = weights.gather(-1, tokens.clamp(max=weights.shape[1] - 1)).masked_fill(tokens >= weights.shape[1], 0)
+    offset, _ = _search_row(inside.cumsum(dim=-1), rest)
+    return block * BLOCK + offset
+
+
+def _block_sums(weights: Tensor) -> Tensor:
+    """Sums [B, ceil(V / BLOCK)] of neighbouring weights [B, V]."""
+    blocks = weights.shape[1] // BLOCK
+    whole = blocks * BLOCK
+    sums = weights[:, :whole].unflatten(-1, (blocks, BLOCK)).sum(dim=-1)
+    return sums if whole == weights.shape[1] else torch.cat([sums, weights[:, whole:].sum(dim=-1, keepdim=True)], dim=1)
+
+
+def _search_row(running: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The first entry [B] of running sums [B, N] that exceeds the target [B], and what is left of the target there.
+
+    Never one of weight 0: the target is kept below the last sum, where rounding would lift it onto that.
+    """
+    total = running[:, -1]
+    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))[:, None]
+    index = torch.searchsorted(running, target, right=True)
+    before = running.gather(-1, (index - 1).clamp(min=0)).masked_fill(index == 0, 0)
+    return index.squeeze(-1), (target - before).squeeze(-1)
 
 
 def counter_uniforms(seed: int, step: int, rows: Tensor, length: int) -> Tensor:

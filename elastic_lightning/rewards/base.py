@@ -43,7 +43,7 @@ def score(reward: Reward, prompts: list[str], responses: list[str]) -> Scores:
         UserError: the reward raised, or returned another number of scores than texts, or a NaN or infinite score.
     """
     try:
-        with torch.no_grad():
+        with torch.inference_mode():
             components = reward.components(prompts, responses)
             total = reward.combine(components) if components else reward(prompts, responses)
     except UserError:
@@ -59,7 +59,7 @@ def score(reward: Reward, prompts: list[str], responses: list[str]) -> Scores:
 
 def _check(reward: Reward, name: str, values: Tensor, prompts: list[str], responses: list[str]) -> Tensor:
     try:
-        values = torch.as_tensor(values, dtype=torch.float32)
+        values = torch.as_tensor(values, dtype=torch.float32).clone()  # no inference tensor: it may enter a graph
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"the reward {type(reward).__name__} ({name}) must return numbers: {error}") from error
     if values.shape != (len(responses),):

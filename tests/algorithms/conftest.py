@@ -53,7 +53,7 @@ class Toy:
 
     def ppo(self, *, lora=False, reward=None, sampling=None, seed=0, head_noise=0.3, **options) -> Recording:
         """A PPO module; `options` are those of `PPOConfig`, `PPO` takes the rest. The value head is not left at 0."""
-        rest = {k: options.pop(k) for k in ("separate_value_trunk", "scoring_batch_size", "reference") if k in options}
+        rest = {k: options.pop(k) for k in ("separate_value_trunk", "execution", "reference") if k in options}
         config = PPOConfig(**{"epochs": 2, "mini_batches": 2, "learning_rate": 1e-3} | options)
         with torch.random.fork_rng():
             torch.manual_seed(0)  # a fresh adapter is random

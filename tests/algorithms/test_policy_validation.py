@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from elastic_lightning.algorithms import Execution
 from elastic_lightning.policies import Prompts
 
 
@@ -21,7 +22,9 @@ def validate(toy, module, batches, root):
 
 @pytest.fixture
 def moved(toy):
-    module = toy.ppo(sampling={"temperature": 0.7}, scoring_batch_size=3, reward=toy.reward_class("w18"))
+    module = toy.ppo(
+        sampling={"temperature": 0.7}, execution=Execution(scoring_batch_size=3), reward=toy.reward_class("w18")
+    )
     toy.perturb(module, 0.05)
     return module
 

@@ -58,7 +58,7 @@ def test_dropout_in_the_update_alone_would_be_seen(toy, tmp_path):
 def test_another_temperature_in_the_update_would_be_seen(toy, tmp_path):
     model = toy.ppo()
     forward = model.actor.forward
-    model.actor.forward = lambda prompts, responses, temperature, **options: forward(prompts, responses, 0.7)
+    model.actor.forward = lambda prompts, responses, loss, temperature, trunk: forward(prompts, responses, loss, 0.7)
     with pytest.warns(UserWarning, match="ratio deviates"):
         trainer = toy.fit(model, tmp_path)
     assert trainer.callback_metrics["train/first_ratio_deviation"] > 0.05
@@ -75,7 +75,7 @@ def test_a_config_with_dropout_runs_without(toy, tmp_path):
     trainer.fit(model, toy.loader([batch]), toy.loader([batch]))
     assert not model.actor.training
     (seen,) = model.seen
-    first, second = (model.actor(seen.prompts, seen.rollout.responses).logprobs for _ in range(2))
+    first, second = (model.actor.evaluate(seen.prompts, seen.rollout.responses).logprobs for _ in range(2))
     assert torch.equal(first, second)
 
 

@@ -185,3 +185,15 @@ def test_checkpoints_load_with_weights_only(toy, tmp_path, kind):
     assert loaded.optimizer_config == module.optimizer_config
     ours = dict(loaded.model.named_parameters())
     assert all(torch.equal(ours[name], parameter) for name, parameter in module.model.named_parameters())
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_are_clipped_in_every_precision(toy, tmp_path, precision):
+    module = LanguageModel(ModelSource(toy.folder), AdamWConfig(learning_rate=1e-3))
+    norms = []
+    module.on_before_zero_grad = lambda optimizer: norms.append(
+        torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+    )
+    toy.trainer(tmp_path, precision=precision, gradient_clip_val=0.01).fit(module, toy.loader([blocks()] * 3))
+    clipped = [float(norm) for norm in norms if norm > 0]
+    assert clipped and max(clipped) == pytest.approx(0.01, rel=0.01)

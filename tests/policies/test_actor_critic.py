@@ -23,7 +23,7 @@ def test_sampling_a_full_forward_and_plain_transformers_agree(folder, lora, sepa
     rollout = rollout_of(actor, prompts, temperature)
     lengths = rollout.mask.sum(dim=1).tolist()
     assert min(lengths) < max(lengths), "the case should hold rows that ended before others"
-    evaluation = actor(prompts, rollout.responses, temperature)
+    evaluation = actor.evaluate(prompts, rollout.responses, temperature)
     mask = rollout.mask
     torch.testing.assert_close(evaluation.logprobs[mask], rollout.logprobs[mask], atol=1e-5, rtol=0)
     torch.testing.assert_close(evaluation.values[mask], rollout.values[mask], atol=1e-5, rtol=0)
@@ -39,7 +39,7 @@ def test_an_active_adapter_changes_the_log_probabilities(gpt2_folder):
     actor, prompts = make_actor(gpt2_folder, lora=True), left_padded(ROWS)
     rollout = rollout_of(actor, prompts)
     with actor.lm.adapter_off():
-        without = actor(prompts, rollout.responses).logprobs
+        without = actor.evaluate(prompts, rollout.responses).logprobs
     assert (without - rollout.logprobs)[rollout.mask].abs().mean() > 0.05
 
 
@@ -51,7 +51,7 @@ def test_left_padding_changes_nothing(folder, request):
     assert torch.equal(rollout.tokens, padded.tokens) and torch.equal(rollout.mask, padded.mask)
     torch.testing.assert_close(rollout.logprobs, padded.logprobs, atol=1e-5, rtol=0)
     torch.testing.assert_close(rollout.values, padded.values, atol=1e-5, rtol=1e-5)
-    one, two = actor(near, rollout.responses), actor(far, rollout.responses)
+    one, two = actor.evaluate(near, rollout.responses), actor.evaluate(far, rollout.responses)
     for ours, theirs in zip(one, two, strict=True):
         torch.testing.assert_close(ours[rollout.mask], theirs[rollout.mask], atol=1e-5, rtol=1e-5)
 
@@ -65,7 +65,7 @@ def test_a_pad_token_outside_the_vocabulary_changes_nothing(folder, request):
     assert (other.tokens == outside).any() and torch.equal(rollout.mask, other.mask)
     assert torch.equal(rollout.tokens[rollout.mask], other.tokens[rollout.mask])
     assert torch.equal(rollout.values, other.values)
-    evaluation = actor(foreign, other.responses)
+    evaluation = actor.evaluate(foreign, other.responses)
     assert all(tensor.isfinite().all() for tensor in evaluation)
     torch.testing.assert_close(evaluation.logprobs[other.mask], rollout.logprobs[other.mask], atol=1e-5, rtol=0)
 
@@ -75,7 +75,7 @@ def test_what_stands_after_the_end_does_not_matter(llama_folder):
     mask = torch.tensor([[True, True, True, True], [True, True, False, False]])
     tokens = torch.tensor([[3, 4, 5, 6], [8, 1, 9, 9]])
     other = torch.tensor([[3, 4, 5, 6], [8, 1, 2, 28]])
-    one, two = (actor(prompts, Responses(each, mask)) for each in (tokens, other))
+    one, two = (actor.evaluate(prompts, Responses(each, mask)) for each in (tokens, other))
     for ours, theirs in zip(one, two, strict=True):
         assert torch.equal(ours[mask], theirs[mask])
 
@@ -84,7 +84,7 @@ def test_entropy_is_that_of_the_scaled_distribution(gpt2_folder):
     actor = make_actor(gpt2_folder)
     prompt, response = [5, 9], [4, 8, 3]
     responses = Responses(torch.tensor([response]), torch.ones(1, 3, dtype=torch.bool))
-    entropy = actor(left_padded([prompt]), responses, temperature=0.7).entropy[0]
+    entropy = actor.evaluate(left_padded([prompt]), responses, temperature=0.7).entropy[0]
     logits = actor.lm.model(input_ids=torch.tensor([prompt + response])).logits[0, 1:-1]
     for t in range(3):
         probabilities = (logits[t].double() / 0.7).softmax(-1)
@@ -103,7 +103,7 @@ def test_a_value_trunk_shares_nothing_with_the_policy(gpt2_folder):
     actor = make_actor(gpt2_folder, separate_value_trunk=True)
     prompts = left_padded(ROWS)
     rollout = rollout_of(actor, prompts)
-    actor(prompts, rollout.responses).values.sum().backward()
+    actor.evaluate(prompts, rollout.responses).values.sum().backward()
     assert all(parameter.grad is None for parameter in actor.lm.parameters())
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in actor.value_trunk.parameters())
 
@@ -112,7 +112,7 @@ def test_bfloat16_gives_float32_statistics(llama_folder):
     actor = ActorCritic(CausalLM(load_policy(llama_folder, dtype="bfloat16").model)).eval()
     prompts = left_padded(ROWS)
     rollout = rollout_of(actor, prompts)
-    evaluation = actor(prompts, rollout.responses)
+    evaluation = actor.evaluate(prompts, rollout.responses)
     tensors = [rollout.logprobs, rollout.values, *evaluation]
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
     torch.testing.assert_close(evaluation.logprobs[rollout.mask], rollout.logprobs[rollout.mask], atol=0.2, rtol=0)

@@ -88,9 +88,11 @@ def test_logits_are_made_for_responses_alone(gpt2_folder):
     rollout = sample(actor, prompts, Sampling(max_new_tokens=3), torch.rand(2, 3), None, 0)
     assert shapes == [(2, 30)] * 3
     shapes.clear()
-    actor(prompts, rollout.responses)
     actor.lm.response_logits(prompts, rollout.responses)
-    assert shapes == [(2, 3, 30)] * 2
+    assert shapes == [(2, 3, 30)]
+    shapes.clear()
+    actor.evaluate(prompts, rollout.responses)
+    assert shapes == [], "log-probabilities are made a chunk at a time, without the output layer's forward"
 
 
 @pytest.mark.parametrize("scale", [0.02, 0.3, 2.0], ids="weights {}".format)

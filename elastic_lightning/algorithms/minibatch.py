@@ -1,0 +1,58 @@
+"""One PPO batch cut into mini-batches and micro-batches, without the padding that their rows do not need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+
+from elastic_lightning.algorithms.experience import Experience
+from elastic_lightning.policies import Prompts, Rollout
+
+
+class MiniBatch(NamedTuple):
+    """Rows of one PPO batch: everything the loss reads.
+
+    `trunk` [B, P+T-1, H] is what leaves the frozen layers, where there are any (see `CausalLM.trunk_hidden`).
+    """
+
+    prompts: Prompts
+    rollout: Rollout
+    experience: Experience
+    trunk: Tensor | None = None
+
+    def rows(self, index: Tensor) -> MiniBatch:
+        """The given rows of every tensor."""
+        parts = (type(part)(*(tensor[index] for tensor in part)) for part in self[:3])
+        return MiniBatch(*parts, None if self.trunk is None else self.trunk[index])
+
+    def trimmed(self, prompt: int, response: int) -> MiniBatch:
+        """Only the last `prompt` columns of the prompts and the first `response` of the responses."""
+        skipped = self.prompts.tokens.shape[1] - prompt
+        return MiniBatch(
+            Prompts(*(tensor[:, skipped:] for tensor in self.prompts)),
+            Rollout(*(tensor[:, :response] for tensor in self.rollout)),
+            Experience(*(tensor[:, :response] for tensor in self.experience)),
+            None if self.trunk is None else self.trunk[:, skipped : skipped + prompt + response - 1],
+        )
+
+
+class Lengths(NamedTuple):
+    """Valid tokens of each prompt and response, int64 [B] on the CPU: cutting a batch does not wait for a GPU."""
+
+    prompts: Tensor
+    responses: Tensor
+
+    @classmethod
+    def of(cls, batch: MiniBatch) -> Lengths:
+        """The lengths of a batch's rows."""
+        return cls(batch.prompts.mask.sum(dim=1).cpu(), batch.rollout.mask.sum(dim=1).cpu())
+
+
+def micro_batches(batch: MiniBatch, rows: Tensor, lengths: Lengths, size: int | None) -> Iterator[MiniBatch]:
+    """The given rows (on the CPU), `size` at a time (all by default), rows of like length together and trimmed."""
+    order = rows[(lengths.prompts + lengths.responses)[rows].argsort(stable=True)]
+    for part in order.split(size or len(rows)):
+        prompt, response = (int(length[part].max()) for length in lengths)
+        yield batch.rows(part.to(batch.prompts.tokens.device)).trimmed(prompt, response)

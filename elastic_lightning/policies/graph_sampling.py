@@ -1,0 +1,221 @@
+"""Sampling with static shapes on CUDA: one captured graph a token in place of a few hundred kernel launches.
+
+A small model decodes a token in less time than Python needs to launch its kernels. A CUDA graph launches them all at
+once, but what it captured is fixed: shapes, addresses and numbers. So everything that changes from token to token lies
+in buffers that the captured step itself reads and moves on. Weights are read where they are: an optimizer step or a
+reset in place is seen by the next replay.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from elastic_lightning.policies.actor_critic import ActorCritic
+from elastic_lightning.policies.causal import CausalLM, Prompts
+from elastic_lightning.policies.sampling import Rollout, Sampling, choose, finish
+
+BUCKET = 64  # the cache's capacity is a multiple of this: prompts of like length share a graph
+WARM_UPS = 3  # runs before the capture, in which libraries allocate their workspaces
+
+
+class StaticLayer(DynamicLayer):
+    """Keys and values [B, H, capacity, D] that stay where they are; `column` [1] says where the next token goes."""
+
+    def __init__(self, capacity: int, column: Tensor) -> None:
+        super().__init__()
+        self.capacity, self.column = capacity, column
+        self.reads_prompts = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        def allocate(states: Tensor) -> Tensor:  # zeros: what is masked must still be a number
+            return states.new_zeros(*states.shape[:2], self.capacity, states.shape[3])
+
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = allocate(key_states), allocate(value_states)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Store a prompt in the first columns, or one token in the column whose turn it is."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.reads_prompts:
+            self.keys[:, :, : key_states.shape[2]] = key_states
+            self.values[:, :, : value_states.shape[2]] = value_states
+            return key_states, value_states
+        self.keys.index_copy_(2, self.column, key_states)
+        self.values.index_copy_(2, self.column, value_states)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return 0  # asked where a prompt is read; later steps bring positions and mask of their own
+
+    def get_max_length(self) -> int:
+        return self.capacity
+
+
+class GraphSampler:
+    """`sample` for one policy and one set of options, with a captured step for each shape it meets.
+
+    Without CUDA the same static step runs uncaptured, which is how its results are tested on any machine.
+
+    Args:
+        policy: whose value head is read.
+        sampling: how responses are drawn.
+        eos_token_id: ends a response; None has no end.
+        pad_token_id: stands after the end.
+        lm: what decodes; the policy's own model by default.
+    """
+
+    def __init__(
+        self,
+        policy: ActorCritic,
+        sampling: Sampling,
+        eos_token_id: int | None,
+        pad_token_id: int,
+        lm: CausalLM | None = None,
+    ) -> None:
+        self.policy, self.sampling = policy, sampling
+        self.eos_token_id, self.pad_token_id = eos_token_id, pad_token_id
+        self.lm = policy.lm if lm is None else lm
+        self._shapes: dict[tuple[int, int], _StaticDecode] = {}
+
+    @staticmethod
+    def capacity(prompt_tokens: int, sampling: Sampling) -> int:
+        """Columns of the cache for prompts of this length."""
+        return -(-(prompt_tokens + sampling.max_new_tokens) // BUCKET) * BUCKET
+
+    def __call__(self, prompts: Prompts, uniforms: Tensor) -> Rollout:
+        """Draw one response a prompt by `uniforms` [B, max_new_tokens], as `sample` does."""
+        # Validation runs in inference mode, and buffers born there could not be written to in training.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._sample(prompts, uniforms)
+
+    def _sample(self, prompts: Prompts, uniforms: Tensor) -> Rollout:
+        rows, length = prompts.tokens.shape
+        capacity = self.capacity(length, self.sampling)
+        if (rows, capacity) not in self._shapes:
+            self._shapes.clear()  # one at a time: each holds a cache of keys and values
+            self._shapes[rows, capacity] = _StaticDecode(self, rows, capacity, prompts.tokens.device)
+        decode = self._shapes[rows, capacity]
+        decode.start(prompts, uniforms)
+        drawn = decode.run()
+        return finish(self.policy, prompts, *(column[:, :drawn].clone() for column in decode.outputs))
+
+
+class _StaticDecode:
+    """The buffers of one shape, the step over them, and its graph once it is captured."""
+
+    def __init__(self, sampler: GraphSampler, rows: int, capacity: int, device: torch.device) -> None:
+        self.sampler = sampler
+        steps = sampler.sampling.max_new_tokens
+
+        def buffer(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        self.uniforms = buffer(rows, steps, dtype=torch.float32)
+        self.hidden = None  # [B, H], of the state that predicts the next token; its width and type are the model's
+        self.tokens = buffer(rows)  # drawn last; 0 where the row has ended
+        self.alive = buffer(rows, dtype=torch.bool)
+        self.position = buffer(1)  # of the token to be drawn, in the response
+        self.column = buffer(1)  # where in the cache that token goes
+        self.position_ids = buffer(rows, 1)  # of that token
+        self.mask = buffer(rows, 1, 1, capacity, dtype=torch.bool)
+        # tokens, mask, logprobs, values
+        self.outputs = tuple(
+            buffer(rows, steps, dtype=dtype) for dtype in (torch.int64, torch.bool, torch.float32, torch.float32)
+        )
+        layers = [StaticLayer(capacity, self.column) for _ in range(sampler.lm.config.num_hidden_layers)]
+        self.cache = Cache(layers=layers)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def start(self, prompts: Prompts, uniforms: Tensor) -> None:
+        """Read the prompts and put every buffer at the first token."""
+        hidden = self._read(prompts)
+        if self.hidden is None:
+            self.hidden = hidden.clone()
+            if hidden.device.type == "cuda" and self.sampler.sampling.max_new_tokens > 1:
+                self._capture(prompts, uniforms)
+                hidden = self._read(prompts)  # the trial runs have written into the cache
+        self.hidden.copy_(hidden)
+        self._place(prompts, uniforms)
+
+    def _read(self, prompts: Prompts) -> Tensor:
+        for layer in self.cache.layers:
+            layer.reads_prompts = True
+        hidden = self.sampler.lm.read_prompts(prompts, self.cache)
+        for layer in self.cache.layers:
+            layer.reads_prompts = False
+        return hidden
+
+    def run(self) -> int:
+        """Draw until every row has ended; returns the number of tokens drawn."""
+        sampling, eos = self.sampler.sampling, self.sampler.eos_token_id
+        self._draw()
+        for drawn in range(1, sampling.max_new_tokens):
+            # Asking a GPU means waiting for it: only where every response can have ended.
+            if eos is not None and drawn >= sampling.min_new_tokens and not self.alive.any():
+                return drawn
+            if self.graph is not None:
+                self.graph.replay()
+            else:
+                self._step()
+        return sampling.max_new_tokens
+
+    def _step(self) -> None:
+        """Read the token drawn last and draw the next. Nothing here may depend on a number that Python knows."""
+        self.mask.index_fill_(3, self.column, True)
+        self.hidden.copy_(self.sampler.lm.read_token(self.tokens, self.mask, self.position_ids, self.cache))
+        self.column += 1
+        self.position_ids += 1
+        self._draw()
+
+    def _draw(self) -> None:
+        """Draw the token at `position` of each row from `hidden` and write it down."""
+        sampler = self.sampler
+        uniforms = self.uniforms.index_select(1, self.position).squeeze(1)
+        choice = choose(
+            sampler.policy,
+            sampler.lm,
+            self.hidden,
+            sampler.sampling,
+            uniforms,
+            self.position,
+            sampler.eos_token_id,
+        )
+        written = (
+            torch.where(self.alive, choice.tokens, sampler.pad_token_id),
+            self.alive,
+            choice.logprobs,
+            choice.values,
+        )
+        for output, column in zip(self.outputs, written, strict=True):
+            output.index_copy_(1, self.position, column[:, None].to(output.dtype))
+        if sampler.eos_token_id is not None:
+            self.alive &= choice.tokens != sampler.eos_token_id
+        self.position += 1
+        self.tokens.copy_(torch.where(self.alive, choice.tokens, 0))
+
+    def _place(self, prompts: Prompts, uniforms: Tensor) -> None:
+        length = prompts.tokens.shape[1]
+        self.uniforms.copy_(uniforms)
+        self.alive.fill_(True)
+        self.position.zero_()
+        self.column.fill_(length)
+        self.position_ids.copy_(prompts.mask.sum(dim=1, keepdim=True))
+        self.mask.zero_()
+        self.mask[:, 0, 0, :length] = prompts.mask
+
+    def _capture(self, prompts: Prompts, uniforms: Tensor) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                self._place(prompts, uniforms)
+                self._step()
+            self._place(prompts, uniforms)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self._step()
