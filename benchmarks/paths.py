@@ -52,7 +52,8 @@ class ChunkedPPO(PPO):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        output_layer.CHUNK_LOGITS = 64 * self.actor.lm.config.vocab_size
+        output_layer.CHUNK_BYTES = 64 * 4 * self.actor.lm.config.vocab_size
+        output_layer.BLOCK_BYTES = output_layer.CHUNK_BYTES // 8
 
 
 class WholePPO(PPO):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torchmetrics import Metric
 
 from elastic_lightning.algorithms.execution import Execution
@@ -218,8 +219,11 @@ class PPO(PolicyModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Here, and not before `step`, because a gradient scaler unscales on the way.
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        limit = self.config.max_grad_norm if self.config.max_grad_norm is not None else float("inf")
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        self.grad_norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        limit = self.config.max_grad_norm
+        # On a GPU, asking whether there is anything to clip would wait for it; on a CPU it saves a pass over the model.
+        if limit is not None and (self.device.type != "cpu" or self.grad_norm > limit):
+            clip_grads_with_norm_(parameters, limit, self.grad_norm)
 
     def _total_batches(self) -> float:
         """PPO batches of the whole run; infinite until the data is there, and when no end is set."""

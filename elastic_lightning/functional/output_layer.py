@@ -1,8 +1,9 @@
 """Statistics and losses of tokens from the hidden states that predict them, a chunk of tokens at a time.
 
 The logits of a whole batch in float32, [B, T, V], are the largest tensor of a PPO update: 600 MB for 64 responses of 48
-tokens over a vocabulary of 50,000. Here only those of one chunk exist. `N` counts the valid tokens of a batch, `H` is
-the width of the hidden states, `V` the vocabulary. Everything behind the matrix products is float32.
+tokens over a vocabulary of 50,000. Here only those of one chunk exist, in the type of the matrix products; everything
+behind these is float32, on a CPU for a block of rows at a time, small enough for its cache. `N` counts the valid tokens
+of a batch, `H` is the width of the hidden states, `V` the vocabulary.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from torch import Tensor
 # (logprobs [n], entropy [n], which of the N tokens they are) -> a scalar to be *summed* over the chunks.
 TokenLoss = Callable[[Tensor, Tensor, slice], Tensor]
 
-CHUNK_LOGITS = 2**23  # on a CPU, where a chunk should fit the cache: 32 MB
-CHUNK_LOGITS_ACCELERATOR = 2**27  # 512 MB: large enough to keep the matrix units busy
+CHUNK_BYTES = 2**27  # of logits: 128 MB make the matrix products efficient
+CHUNK_BYTES_ACCELERATOR = 2**29
+BLOCK_BYTES = 2**22  # of float32 logits that stand between two matrix products at a time, on a CPU
 
 
 class TokenStatistics(NamedTuple):
@@ -42,10 +44,10 @@ def output_statistics(
         temperature: divides the logits.
     """
     weight, bias = _in_compute_dtype(weight, bias)
-    parts = [
-        _Chunk(hidden[part], weight, bias, tokens[part], temperature).statistics()
-        for part in _chunks(len(tokens), weight)
-    ]
+    parts = []
+    for chunk in _chunks(len(tokens), weight):
+        logits = _logits(hidden[chunk], weight, bias)
+        parts += [_Block(logits[rows], tokens[chunk][rows], temperature).statistics() for rows in _blocks(logits)]
     return TokenStatistics(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -66,13 +68,12 @@ def output_loss(
     return total, TokenStatistics(logprobs, entropy)
 
 
-class _Chunk:
-    """The logits of n tokens and what follows from them; one exponential a logit."""
+class _Block:
+    """The logits of n tokens and what follows from them; one exponential a logit. Takes the logits it is given."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float) -> None:
+    def __init__(self, logits: Tensor, tokens: Tensor, temperature: float) -> None:
         self.tokens, self.temperature = tokens[:, None], temperature
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits = F.linear(hidden.to(weight.dtype), weight, bias).float()
+        logits = logits.float()
         if temperature != 1:
             logits /= temperature
         logits -= logits.amax(dim=-1, keepdim=True)
@@ -103,23 +104,23 @@ class _OutputLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, tokens, loss, temperature):
         own_weight, own_bias = _in_compute_dtype(weight, bias)
-        gradients = [
-            torch.zeros_like(tensor, dtype=torch.float32) if tensor is not None and needed else None
-            for tensor, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
-        ]
+        gradients = _Gradients(hidden, own_weight, ctx.needs_input_grad)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         parts = []
-        for part in _chunks(len(tokens), weight):
-            chunk = _Chunk(hidden[part], own_weight, own_bias, tokens[part], temperature)
-            statistics = chunk.statistics()
-            value, slopes = _differentiate(loss, statistics, part)
-            total += value
-            parts.append(statistics)
-            if any(ctx.needs_input_grad):
-                gradient = chunk.logit_gradient(statistics, *slopes)
-                _add_gradients(gradients, gradient, hidden, own_weight, part)
+        for chunk in _chunks(len(tokens), own_weight):
+            logits = _logits(hidden[chunk], own_weight, own_bias)
+            for rows in _blocks(logits):
+                part = slice(chunk.start + rows.start, chunk.start + rows.stop)
+                block = _Block(logits[rows], tokens[part], temperature)
+                statistics = block.statistics()
+                value, slopes = _differentiate(loss, statistics, part)
+                total += value
+                parts.append(statistics)
+                if any(ctx.needs_input_grad):
+                    logits[rows] = block.logit_gradient(statistics, *slopes)
+            gradients.add(logits, chunk)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
-        ctx.gradients = gradients
+        ctx.gradients = gradients.all()
         logprobs, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
         ctx.mark_non_differentiable(logprobs, entropy)
         return total, logprobs, entropy
@@ -147,24 +148,45 @@ def _differentiate(loss: TokenLoss, statistics: TokenStatistics, part: slice) ->
     return value.detach(), [logprob, entropy]
 
 
-def _add_gradients(
-    gradients: list[Tensor | None], logit_gradient: Tensor, hidden: Tensor, weight: Tensor, part: slice
-) -> None:
-    to_hidden, to_weight, to_bias = gradients
-    if to_bias is not None:
-        to_bias += logit_gradient.sum(dim=0)
+class _Gradients:
+    """Gradients to hidden states, weight and bias, those that are needed, summed over chunks in float32."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, needed: tuple[bool, ...]) -> None:
+        self.hidden, self.weight = hidden, weight
+        self.to_hidden_needed, self.to_weight_needed, self.to_bias_needed = needed[:3]
+        self.to_hidden: list[Tensor] = []
+        self.to_weight: Tensor | None = None
+        self.to_bias: Tensor | None = None
+
+    def add(self, logit_gradient: Tensor, chunk: slice) -> None:
+        """Add those of one chunk's logits [n, V]."""
+        dtype = logit_gradient.dtype
+        with torch.autocast(logit_gradient.device.type, enabled=False):
+            if self.to_hidden_needed:
+                self.to_hidden.append((logit_gradient @ self.weight.to(dtype)).float())
+            if self.to_weight_needed:
+                states = self.hidden[chunk].to(dtype)
+                if self.to_weight is None:
+                    self.to_weight = (logit_gradient.T @ states).float()
+                elif dtype == torch.float32:
+                    self.to_weight.addmm_(logit_gradient.T, states)
+                else:
+                    self.to_weight += logit_gradient.T @ states
+            if self.to_bias_needed:
+                total = logit_gradient.sum(dim=0, dtype=torch.float32)
+                self.to_bias = total if self.to_bias is None else self.to_bias.add_(total)
+
+    def all(self) -> list[Tensor | None]:
+        """In the order of the inputs; None where none is needed."""
+        return [torch.cat(self.to_hidden) if self.to_hidden else None, self.to_weight, self.to_bias]
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Logits [n, V] in the type of the weight; float32 for float16, whose gradients (sums that are scaled only in the
+    backward pass) would overflow."""
     with torch.autocast(hidden.device.type, enabled=False):
-        if weight.dtype == torch.float16:  # a sum over tokens, not yet scaled: float16 would overflow
-            weight = weight.float()
-        logit_gradient = logit_gradient.to(weight.dtype)
-        if to_hidden is not None:
-            to_hidden[part] = (logit_gradient @ weight).to(to_hidden.dtype)
-        if to_weight is not None:
-            states = hidden[part].to(weight.dtype)
-            if weight.dtype == torch.float32:
-                to_weight.addmm_(logit_gradient.T, states)
-            else:
-                to_weight += logit_gradient.T @ states
+        logits = F.linear(hidden.to(weight.dtype), weight, bias)
+    return logits.float() if logits.dtype == torch.float16 else logits
 
 
 def _in_compute_dtype(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -175,8 +197,18 @@ def _in_compute_dtype(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tens
 
 
 def _chunks(tokens: int, weight: Tensor) -> Iterator[slice]:
-    """Slices of as many tokens as the chunk's logits allow; one empty slice when there are none."""
-    budget = CHUNK_LOGITS if weight.device.type == "cpu" else CHUNK_LOGITS_ACCELERATOR
-    size = max(1, budget // weight.shape[0])
-    for start in range(0, max(tokens, 1), size):
-        yield slice(start, min(start + size, tokens))
+    """Even slices of as many tokens as the chunk's logits allow; one empty slice when there are none."""
+    budget = CHUNK_BYTES if weight.device.type == "cpu" else CHUNK_BYTES_ACCELERATOR
+    return _even_slices(tokens, budget // (weight.element_size() * weight.shape[0]))
+
+
+def _blocks(logits: Tensor) -> Iterator[slice]:
+    """Even slices of rows that a CPU's cache holds; all rows elsewhere."""
+    rows, vocabulary = logits.shape
+    return _even_slices(rows, BLOCK_BYTES // (4 * vocabulary) if logits.device.type == "cpu" else rows)
+
+
+def _even_slices(length: int, largest: int) -> Iterator[slice]:
+    count = max(1, -(-length // max(1, largest)))
+    for index in range(count):
+        yield slice(index * length // count, (index + 1) * length // count)

@@ -8,9 +8,13 @@ from elastic_lightning.functional import entropy, output_layer, output_loss, out
 N, H, V = 13, 8, 29
 
 
-@pytest.fixture(params=[4 * V, N * V, 10**9], ids=["chunks of 4", "one chunk exactly", "one chunk"])
+@pytest.fixture(
+    params=[(4, 1), (5, 3), (N, 4), (N, N), (10**6, 10**6)], ids="chunks of {0[0]}, blocks of {0[1]}".format
+)
 def chunked(request, monkeypatch):
-    monkeypatch.setattr(output_layer, "CHUNK_LOGITS", request.param)
+    chunk, block = request.param
+    monkeypatch.setattr(output_layer, "CHUNK_BYTES", 4 * V * chunk)
+    monkeypatch.setattr(output_layer, "BLOCK_BYTES", 4 * V * block)
 
 
 def case(bias=True, seed=0, dtype=torch.float32):
