@@ -1,5 +1,7 @@
 """What makes a run faster or smaller leaves its result as it was, or says what it costs."""
 
+import shutil
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -48,6 +50,7 @@ def test_gradient_checkpointing_changes_nothing(toy, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler")
 def test_compiling_changes_nothing_and_happens_once(toy, tmp_path):
     shapes = {"batches": 3, "rows": 10, "micro_batch_size": 3}  # micro-batches of three rows and of two
     plain, _ = run(toy, tmp_path, **shapes)

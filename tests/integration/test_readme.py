@@ -28,6 +28,12 @@ def test_the_imports_it_shows():
         exec(line, {})
 
 
+def test_its_links_lead_somewhere():
+    root = Path(__file__).parents[2]
+    links = re.findall(r"\]\(((?!http)[^)#]+)", README)
+    assert links and all((root / link).exists() for link in links), links
+
+
 def test_the_commands_it_shows_name_files_that_exist():
     root = Path(__file__).parents[2]
     for path in re.findall(r"configs/[\w/]+\.yaml", README):

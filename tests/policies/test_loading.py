@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, LlamaForCausalLM
 
 import elastic_lightning.policies.loading as loading
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import LoRA, ModelSource, load_policy, load_tokenizer, make_reference
 from elastic_lightning.policies.causal import CausalLM
-from elastic_lightning.policies.loading import disable_dropout
+from elastic_lightning.policies.loading import disable_dropout, load_source
 from elastic_lightning.policies.saving import save_causal
 
 GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
@@ -343,3 +343,22 @@ def test_a_missing_gguf_file_is_one_line(gguf_folder):
     with pytest.raises(UserError) as error:
         load_policy(gguf_folder, gguf_file="other.gguf")
     one_line(error, gguf_folder)
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu_fast"])
+def test_the_fused_activation_is_the_same_function(activation, tokenizer_folder):
+    architecture = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.5}
+    source = ModelSource(architecture=architecture | {"activation_function": activation}, tokenizer=tokenizer_folder)
+    ours = load_source(source).model
+    theirs = GPT2LMHeadModel(ours.config)
+    theirs.load_state_dict(ours.state_dict())
+    tokens = torch.tensor([[3, 9, 4, 28, 7]])
+    found = []
+    for model in (ours, theirs):
+        logits = model.eval()(tokens).logits
+        logits.square().sum().backward()
+        found.append([logits, *(parameter.grad for parameter in model.parameters())])
+    assert type(ours.transformer.h[0].mlp.act) is not type(theirs.transformer.h[0].mlp.act)
+    assert ours.config.activation_function == activation, "what is saved is the model as it was"
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
