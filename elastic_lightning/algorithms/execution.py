@@ -24,9 +24,9 @@ class Execution:
         recompute_logprobs: take the rollout's log-probabilities and values from a forward pass of the update: when the
             rollout ran in a lower precision than the update (auto), always or never. What the policy is clipped against
             is then exact; ``train/rollout_ratio_deviation`` shows how far the rollout was from it.
-        compile: compile the update's forward pass with `torch.compile`, once for all lengths (a minute or so;
-            a batch of a single row is compiled apart).
-        gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
+        compile: compile the update's forward pass with `torch.compile`, once for all lengths (a batch of a
+            single row is compiled apart).
+        gradient_checkpointing: recompute activations in the backward pass: one more forward pass of the layers.
         trainable_layers: train this many upper layers and the last norm alone. The frozen layers are run once a PPO
             batch for policy, reference and all epochs, and the reference shares them. The whole model by default.
         cuda_graphs: on CUDA, decode with one captured graph a step in place of a few hundred kernel launches.
@@ -58,10 +58,14 @@ class Execution:
         if self.compile and self.trainable_layers is not None:
             raise UserError("execution: compile and trainable_layers exclude each other; the trunk is not run")
 
-    def check(self, policy: ModelSource) -> None:
-        """Raise a `UserError` for options that this policy cannot have."""
+    def check(self, policy: ModelSource, unmerged_adapter: bool) -> None:
+        """Raise a `UserError` for options that this policy, or one loaded from an unmerged adapter, cannot have."""
         if self.trainable_layers is not None and policy.lora is not None:
             raise UserError("execution.trainable_layers and policy.lora exclude each other: LoRA freezes the model")
+        if self.trainable_layers is not None and unmerged_adapter:
+            raise UserError(
+                "execution.trainable_layers and a policy with an unmerged adapter exclude each other: merge it first"
+            )
 
     def recomputes(self, policy_dtype: torch.dtype) -> bool:
         """Whether the rollout's log-probabilities come from a forward pass of the update."""

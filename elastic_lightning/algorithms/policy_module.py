@@ -74,13 +74,9 @@ class PolicyModule(LightningModule):
         seed: int | None,
     ) -> None:
         super().__init__()
-        execution.check(policy)
         loaded = load_source(policy)
+        execution.check(policy, loaded.unmerged_adapter)
         disable_dropout(loaded.model)
-        if execution.trainable_layers is not None and loaded.unmerged_adapter:
-            raise UserError(
-                "execution.trainable_layers and a policy with an unmerged adapter exclude each other: merge it first"
-            )
         self.tokenizer = loaded.tokenizer
         lm = CausalLM(loaded.model, execution.trainable_layers, execution.gradient_checkpointing)
         self.actor = ActorCritic(lm, separate_value_trunk).eval()

@@ -89,7 +89,7 @@ class _Block:
         return TokenStatistics(logprobs, log_total - mean)
 
     def logit_gradient(self, statistics: TokenStatistics, logprob: Tensor, entropy: Tensor | None) -> Tensor:
-        """Gradient [n, V] to the unscaled logits from those to the statistics [n]; takes this chunk's tensors."""
+        """Gradient [n, V] to the unscaled logits from those to the statistics [n]; takes this block's tensors."""
         if entropy is None:
             gradient = self.weights.mul_((-logprob / self.total)[:, None])
         else:  # d entropy / d logit = -p * (log p + entropy)

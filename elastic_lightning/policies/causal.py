@@ -44,8 +44,8 @@ class PreallocatedLayer(DynamicLayer):
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        def allocate(states: Tensor) -> Tensor:
-            return states.new_empty(*states.shape[:2], self.capacity, states.shape[3])
+        def allocate(states: Tensor) -> Tensor:  # zeros: what a mask hides must still be a number
+            return states.new_zeros(*states.shape[:2], self.capacity, states.shape[3])
 
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = allocate(key_states), allocate(value_states)
@@ -88,7 +88,7 @@ class CausalLM(nn.Module):
     Args:
         model: in eval mode, dropout switched off.
         trainable_layers: train only this many upper layers and the last norm; all weights by default.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
+        gradient_checkpointing: recompute activations in the backward pass: one more forward pass of the layers.
 
     Raises:
         UserError: the architecture changes its logits after the output layer (soft-capping or scaling), or decodes

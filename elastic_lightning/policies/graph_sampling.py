@@ -10,31 +10,23 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from elastic_lightning.policies.actor_critic import ActorCritic
-from elastic_lightning.policies.causal import CausalLM, Prompts
+from elastic_lightning.policies.causal import CausalLM, PreallocatedLayer, Prompts
 from elastic_lightning.policies.sampling import Rollout, Sampling, choose, finish
 
 BUCKET = 64  # the cache's capacity is a multiple of this: prompts of like length share a graph
 WARM_UPS = 3  # runs before the capture, in which libraries allocate their workspaces
 
 
-class StaticLayer(DynamicLayer):
+class StaticLayer(PreallocatedLayer):
     """Keys and values [B, H, capacity, D] that stay where they are; `column` [1] says where the next token goes."""
 
     def __init__(self, capacity: int, column: Tensor) -> None:
-        super().__init__()
-        self.capacity, self.column = capacity, column
+        super().__init__(capacity)
+        self.column = column
         self.reads_prompts = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        def allocate(states: Tensor) -> Tensor:  # zeros: what is masked must still be a number
-            return states.new_zeros(*states.shape[:2], self.capacity, states.shape[3])
-
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = allocate(key_states), allocate(value_states)
-        self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Store a prompt in the first columns, or one token in the column whose turn it is."""
@@ -50,9 +42,6 @@ class StaticLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         return 0  # asked where a prompt is read; later steps bring positions and mask of their own
-
-    def get_max_length(self) -> int:
-        return self.capacity
 
 
 class GraphSampler:

@@ -207,8 +207,8 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def fuse_gelu(model: PreTrainedModel) -> PreTrainedModel:
-    """Let torch compute GPT-2's activation in one operation: transformers spells the same function out in eight, which
-    costs a tenth of an update and keeps what each of them needs for the backward pass."""
+    """Let torch compute GPT-2's activation in one operation: transformers spells the same function out in eight, and
+    keeps what each of them needs for the backward pass."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, NewGELUActivation | FastGELUActivation):
