@@ -13,15 +13,15 @@ from dataclasses import asdict, replace
 from lockstep import Worker
 from measure import save, table
 from peer import TRL, peer_python
+from ppo import BF16
 from shapes import default_shape, prepare
 
-BF16 = {"precision": "bf16-mixed", "execution": {"rollout_dtype": "bfloat16"}}
 CASES = {
     f"TRL {TRL} float32, separate value model": None,
     "ours float32, shared trunk": {},
     "ours float32, shared trunk, Elastic Reset": {"reset_every": 1},
     "ours float32, separate value trunk": {"separate": True},
-    "ours bf16 autocast, bf16 rollout, shared trunk": BF16,
+    "ours bf16 autocast, shared trunk": BF16,
     "ours float32, gradient checkpointing": {"execution": {"gradient_checkpointing": True}},
     "ours float32, upper 2 layers trained": {"execution": {"trainable_layers": 2}},
     "ours float32, LoRA r 16": {"lora": True},

@@ -4,7 +4,7 @@ Every worker is a process of its own; they run one batch each in turn, so that a
 alike. The first round is a warm-up. A ratio is the median of TRL's seconds over ours, round by round.
 
 Cases (TRL's value function is always a model of its own; it computes in float32 unless a case says otherwise):
-    bf16_shared    ours under bf16 autocast with a bf16 rollout, value head on the policy's trunk
+    bf16_shared    ours under bf16 autocast, value head on the policy's trunk
     fp32_shared    ours in float32, value head on the policy's trunk
     fp32_separate  ours in float32, the value function a transformer of its own: what TRL does
     bf16_both      ours as in bf16_shared, TRL under bf16 autocast
@@ -21,12 +21,18 @@ import sys
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
+import torch
 from lockstep import Worker
 from measure import save, spread, table
 from peer import TRL, peer_python
 from shapes import Shape, default_shape, prepare
 
-BF16 = {"precision": "bf16-mixed", "execution": {"rollout_dtype": "bfloat16"}}
+# On a GPU decoding is faster with a copy of the weights in bf16; on a CPU attention is faster written out.
+if torch.cuda.is_available():
+    BF16 = {"precision": "bf16-mixed", "execution": {"rollout_dtype": "bfloat16"}}
+    PEER_BF16 = {"precision": "bf16-mixed"}
+else:
+    BF16 = PEER_BF16 = {"precision": "bf16-mixed", "attention": "eager"}
 
 
 class Case(NamedTuple):
@@ -45,8 +51,8 @@ CASES = {
     "bf16_shared": Case(BF16, {}),
     "fp32_shared": Case({}, {}),
     "fp32_separate": Case({"separate": True}, {}),
-    "bf16_both": Case(BF16, {"precision": "bf16-mixed"}),
-    "bf16_separate": Case(BF16 | {"separate": True}, {"precision": "bf16-mixed"}),
+    "bf16_both": Case(BF16, PEER_BF16),
+    "bf16_separate": Case(BF16 | {"separate": True}, PEER_BF16),
     "elastic_reset": Case({"reset_every": 2}, {}, "ours without Elastic Reset"),
     "chunked_loss": Case({}, {"plain_loss": True}, "ours, logits whole"),
 }

@@ -65,7 +65,7 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     lora = LoRA(rank=16) if options.get("lora") else None
     module = (PlainPPO if options.get("plain_loss") else PPO)(
-        ModelSource(str(folder / "policy"), lora=lora),
+        ModelSource(str(folder / "policy"), lora=lora, attention=options.get("attention")),
         ClassifierReward(str(folder / "reward"), label=0, output="logit", batch_size=shape.batch),
         PPOConfig(epochs=shape.epochs, mini_batches=shape.mini_batches, learning_rate=3e-6),
         Sampling(max_new_tokens=shape.response, min_new_tokens=shape.response),

@@ -63,9 +63,10 @@ def main() -> None:
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # the trainer's own Accelerator does not read its arguments
     set_seed(1)
     folder = prepare(shape)
-    policy, reference = (AutoModelForCausalLM.from_pretrained(folder / "policy") for _ in range(2))
+    how = {"attn_implementation": options.get("attention")}
+    policy, reference = (AutoModelForCausalLM.from_pretrained(folder / "policy", **how) for _ in range(2))
     # The peer's value function is a model of its own, of the policy's size.
-    value = AutoModelForSequenceClassification.from_pretrained(folder / "policy", num_labels=1)
+    value = AutoModelForSequenceClassification.from_pretrained(folder / "policy", num_labels=1, **how)
     reward = AutoModelForSequenceClassification.from_pretrained(folder / "reward", num_labels=1)
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy", padding_side="left")
     data = Dataset.from_dict({"input_ids": prompts(shape, options["batches"]).tolist()})

@@ -32,6 +32,7 @@ class LanguageModel(SupervisedModule):
         self.perplexity = TokenPerplexity()
 
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         length = getattr(getattr(self.trainer, "datamodule", None), "block_size", None)
         context = context_length(self.model)
         if length is not None and context is not None and length > context:

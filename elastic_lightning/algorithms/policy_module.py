@@ -16,6 +16,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from elastic_lightning.algorithms.execution import Execution
+from elastic_lightning.algorithms.memory import keep_freed_memory, weights_cast_once
 from elastic_lightning.algorithms.policy_metrics import PolicyMetrics
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import (
@@ -130,7 +131,8 @@ class PolicyModule(LightningModule):
         ends = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         columns = GraphSampler.capacity(prompts.tokens.shape[1], self.sampling)
         if self.device.type != "cuda" or not self.execution.cuda_graphs or not lm.takes_static_masks(columns):
-            return sample(self.actor, prompts, self.sampling, uniforms, *ends, lm)
+            with weights_cast_once(self.device.type):
+                return sample(self.actor, prompts, self.sampling, uniforms, *ends, lm)
         if id(lm) not in self._graph_samplers:
             self._graph_samplers[id(lm)] = GraphSampler(self.actor, self.sampling, *ends, lm)
         return self._graph_samplers[id(lm)](prompts, uniforms)
@@ -263,6 +265,8 @@ class PolicyModule(LightningModule):
     # Checks and checkpoints -------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
+        if stage == "fit" and self.trainer.strategy.root_device.type == "cpu":
+            keep_freed_memory()
         moved = any(getattr(callback, "moves_reference", False) for callback in self.trainer.callbacks)
         if moved and self.initial is self.reference:  # once: a later fit or validate finds the reference moved
             self.initial = copy.deepcopy(self.reference)  # the penalty's anchor moves; drift is still from theta_0

@@ -20,6 +20,8 @@ TokenLoss = Callable[[Tensor, Tensor, slice], Tensor]
 
 CHUNK_BYTES = 2**27  # of logits: 128 MB make the matrix products efficient
 CHUNK_BYTES_ACCELERATOR = 2**29
+WEIGHT_ROWS = 2**12  # of the weight's gradient in one matrix product, on a CPU
+COLUMNS = 512  # of logits in one float32 matrix product, on a CPU
 BLOCK_BYTES = 2**22  # of float32 logits that stand between two matrix products at a time, on a CPU
 
 
@@ -84,8 +86,7 @@ class _Block:
     def statistics(self) -> TokenStatistics:
         log_total = self.total.log()
         logprobs = self.logits.gather(-1, self.tokens).squeeze(-1) - log_total
-        # A batched product sums on the way, where weights * logits would be one more tensor of this size.
-        mean = torch.bmm(self.weights[:, None], self.logits[:, :, None]).flatten() / self.total
+        mean = torch.linalg.vecdot(self.weights, self.logits) / self.total
         return TokenStatistics(logprobs, log_total - mean)
 
     def logit_gradient(self, statistics: TokenStatistics, logprob: Tensor, entropy: Tensor | None) -> Tensor:
@@ -165,16 +166,20 @@ class _Gradients:
             if self.to_hidden_needed:
                 self.to_hidden.append((logit_gradient @ self.weight.to(dtype)).float())
             if self.to_weight_needed:
-                states = self.hidden[chunk].to(dtype)
-                if self.to_weight is None:
-                    self.to_weight = (logit_gradient.T @ states).float()
-                elif dtype == torch.float32:
-                    self.to_weight.addmm_(logit_gradient.T, states)
-                else:
-                    self.to_weight += logit_gradient.T @ states
+                self._add_to_weight(logit_gradient, self.hidden[chunk].to(dtype))
             if self.to_bias_needed:
                 total = logit_gradient.sum(dim=0, dtype=torch.float32)
                 self.to_bias = total if self.to_bias is None else self.to_bias.add_(total)
+
+    def _add_to_weight(self, logit_gradient: Tensor, states: Tensor) -> None:
+        first = self.to_weight is None
+        if first:
+            size = logit_gradient.shape[1], states.shape[1]
+            self.to_weight = torch.empty(size, dtype=torch.float32, device=states.device)
+        rows = WEIGHT_ROWS if states.device.type == "cpu" else len(self.to_weight)
+        for part, columns in zip(self.to_weight.split(rows), logit_gradient.split(rows, dim=1), strict=True):
+            product = columns.T @ states  # of so few rows that a CPU's cache holds it
+            part.copy_(product) if first else part.add_(product)
 
     def all(self) -> list[Tensor | None]:
         """In the order of the inputs; None where none is needed."""
@@ -184,9 +189,21 @@ class _Gradients:
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Logits [n, V] in the type of the weight; float32 for float16, whose gradients (sums that are scaled only in the
     backward pass) would overflow."""
+    hidden = hidden.to(weight.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        logits = F.linear(hidden.to(weight.dtype), weight, bias)
+        if hidden.device.type == "cpu" and hidden.dtype == torch.float32:
+            return _logits_by_columns(hidden, weight, bias)
+        logits = F.linear(hidden, weight, bias)
     return logits.float() if logits.dtype == torch.float16 else logits
+
+
+def _logits_by_columns(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` for a weight with many more rows than columns, in float32 on a CPU: in one product its libraries reach
+    two thirds of the speed that they have on parts of the vocabulary."""
+    logits = hidden.new_empty(len(hidden), len(weight))
+    for columns, rows in zip(logits.split(COLUMNS, dim=1), weight.split(COLUMNS), strict=True):
+        torch.mm(hidden, rows.T, out=columns)
+    return logits if bias is None else logits.add_(bias)
 
 
 def _in_compute_dtype(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

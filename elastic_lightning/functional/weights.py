@@ -17,6 +17,7 @@ Weights = dict[str, Tensor]
 
 # Beyond this cosine a great circle and a straight line are the same to float32, and opposite deltas have no circle.
 NEARLY_PARALLEL = 0.9995
+PART = 2**22  # elements of a tensor that are subtracted at a time
 
 
 @torch.no_grad()
@@ -48,8 +49,7 @@ def distance(a: Weights, b: Weights) -> Tensor:
     _check_alike(a, b)
     if not a:
         return torch.zeros(())
-    # One tensor at a time: a foreach would hold a third copy of the model.
-    norms = [torch.linalg.vector_norm(tensor.float() - b[name].to(tensor.device).float()) for name, tensor in a.items()]
+    norms = [norm for name, tensor in a.items() for norm in _norms(tensor, b[name].to(tensor.device))]
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
 
@@ -78,6 +78,12 @@ def slerp(start: Weights, a: Weights, b: Weights, t: float) -> Weights:
 def float32_copy(weights: Weights) -> Weights:
     """Detached float32 clones: the start of a shadow."""
     return {name: tensor.detach().to(torch.float32, copy=True) for name, tensor in weights.items()}
+
+
+def _norms(a: Tensor, b: Tensor) -> list[Tensor]:
+    """L2 norms of parts of a - b, which as a whole would be one more copy of a large tensor."""
+    parts = zip(a.flatten().split(PART), b.flatten().split(PART), strict=True)
+    return [torch.linalg.vector_norm(x.float() - y.float()) for x, y in parts]
 
 
 def _slerp(start: Tensor, a: Tensor, b: Tensor, t: float) -> Tensor:

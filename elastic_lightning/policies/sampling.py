@@ -109,11 +109,14 @@ def choose(
     eos_token_id: int | None,
 ) -> Choice:
     """Draw the next token of each row from the hidden states [B, H] that predict it."""
-    logits = scale(lm.logits(hidden), sampling.temperature)
+    logits = scale(lm.logits(hidden), sampling.temperature)  # from here on changed in place: each copy takes time
+    end = withhold_end(logits, sampling, position, eos_token_id)
     highest = logits.amax(dim=-1, keepdim=True)
-    weights = (logits - highest).exp()
-    log_total = weights.sum(dim=-1).log() + highest.squeeze(-1)
-    allowed = truncate(logits, sampling, position, eos_token_id)
+    weights = logits.sub_(highest).exp()
+    log_total = weights.sum(dim=-1).log()
+    if end is not None:
+        log_total = torch.logaddexp(log_total, end - highest.squeeze(-1))
+    allowed = truncate(logits, sampling)
     tokens = search(weights, uniforms) if allowed is logits else draw(allowed, uniforms)
     logprobs = logits.gather(-1, tokens[:, None]).squeeze(-1) - log_total
     return Choice(tokens, logprobs, policy.value(hidden))
@@ -128,10 +131,19 @@ def finish(
     return Rollout(tokens, mask, logprobs.masked_fill(~mask, 0), values.masked_fill(~mask, 0))
 
 
-def truncate(logits: Tensor, sampling: Sampling, position: int | Tensor, eos_token_id: int | None) -> Tensor:
-    """Logits [B, V] with the tokens that may not be drawn at this position (a number, or a tensor of one) at -inf."""
-    if eos_token_id is not None and sampling.min_new_tokens > 0:
-        logits = _forbid(logits, eos_token_id, position < sampling.min_new_tokens)
+def withhold_end(logits: Tensor, sampling: Sampling, position: int | Tensor, eos_token_id: int | None) -> Tensor | None:
+    """Set the end's logit to -inf, in place in logits [B, V], at positions where it may not be drawn (a number, or a
+    tensor of one). Returns what it was [B], -inf where it may be drawn; None where it may be drawn anywhere."""
+    if eos_token_id is None or sampling.min_new_tokens == 0:
+        return None
+    end = logits[:, eos_token_id].clone()
+    early = torch.as_tensor(position < sampling.min_new_tokens, device=logits.device)
+    logits[:, eos_token_id] = end.masked_fill(early, -torch.inf)
+    return end.masked_fill(~early, -torch.inf)
+
+
+def truncate(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Logits [B, V] with the tokens that `top_k` and `top_p` leave out at -inf; the same tensor where they do not."""
     if 0 < sampling.top_k < logits.shape[-1]:
         threshold = logits.topk(sampling.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < threshold, -torch.inf)
@@ -140,14 +152,6 @@ def truncate(logits: Tensor, sampling: Sampling, position: int | Tensor, eos_tok
         probabilities = ordered.softmax(dim=-1)
         beyond = probabilities.cumsum(dim=-1) - probabilities >= sampling.top_p  # mass before this token suffices
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
-    return logits
-
-
-def _forbid(logits: Tensor, token: int, when: bool | Tensor) -> Tensor:
-    if isinstance(when, bool) and not when:
-        return logits
-    logits = logits.clone()
-    logits[:, token] = -torch.inf if isinstance(when, bool) else logits[:, token].masked_fill(when, -torch.inf)
     return logits
 
 

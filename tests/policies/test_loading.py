@@ -55,6 +55,15 @@ def test_dtype(gpt2_folder, tokenizer_folder, dtype):
         assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention(gpt2_folder, tokenizer_folder, attention):
+    architecture = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    for options in ({"path": gpt2_folder}, {"architecture": architecture, "tokenizer": tokenizer_folder}):
+        assert load_policy(**options, attention=attention).model.config._attn_implementation == attention
+        with pytest.raises(UserError, match="no_such_attention"):
+            load_policy(**options, attention="no_such_attention")
+
+
 @pytest.mark.parametrize(
     ("options", "part"),
     [

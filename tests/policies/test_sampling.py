@@ -13,7 +13,7 @@ from transformers.generation import (
 
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import ActorCritic, CausalLM, Sampling, counter_uniforms, draw, sample
-from elastic_lightning.policies.sampling import truncate
+from elastic_lightning.policies.sampling import truncate, withhold_end
 
 BELOW_ONE = 1 - 2.0**-24  # the largest float32 below 1
 
@@ -133,7 +133,7 @@ def test_counter_uniforms_are_uniform_and_uncorrelated():
         assert torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].abs() < 0.012  # about four sigma
 
 
-# truncate: the same masks as transformers'
+# truncate, withhold_end: the same masks as transformers'
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 19, 20, 500])
@@ -141,7 +141,7 @@ def test_top_k_masks_what_transformers_masks(top_k):
     torch.manual_seed(0)
     logits = torch.randn(200, 20)
     kept = logits.clone()
-    ours = truncate(logits, Sampling(top_k=top_k), 0, None)
+    ours = truncate(logits, Sampling(top_k=top_k))
     assert torch.equal(ours, TopKLogitsWarper(top_k)(None, logits))
     assert torch.equal(logits, kept), "the argument was changed in place"
 
@@ -150,7 +150,7 @@ def test_top_k_masks_what_transformers_masks(top_k):
 def test_top_p_masks_what_transformers_masks(top_p):
     torch.manual_seed(0)
     logits = 2 * torch.randn(200, 20)
-    ours = truncate(logits, Sampling(top_p=top_p), 0, None)
+    ours = truncate(logits, Sampling(top_p=top_p))
     assert torch.equal(ours, TopPLogitsWarper(top_p)(None, logits))
     assert ours.isfinite().any(dim=1).all()
 
@@ -161,7 +161,10 @@ def test_min_new_tokens_masks_what_transformers_masks():
     processor = MinNewTokensLengthLogitsProcessor(prompt, 3, [7], device="cpu")
     for position in range(6):
         expected = processor(torch.zeros(8, prompt + position, dtype=torch.long), logits.clone())
-        assert torch.equal(truncate(logits, Sampling(min_new_tokens=3), position, 7), expected)
+        ours = logits.clone()
+        withheld = withhold_end(ours, Sampling(min_new_tokens=3), position, 7)
+        assert torch.equal(ours, expected)
+        assert torch.equal(torch.maximum(ours[:, 7], withheld), logits[:, 7]), "no logit is lost"
 
 
 def test_truncations_follow_one_another_as_in_transformers():
@@ -169,7 +172,9 @@ def test_truncations_follow_one_another_as_in_transformers():
     logits, ids = 2 * torch.randn(200, 20), torch.zeros(200, 5, dtype=torch.long)
     expected = MinNewTokensLengthLogitsProcessor(5, 1, [7], device="cpu")(ids, logits.clone())
     expected = TopPLogitsWarper(0.7)(ids, TopKLogitsWarper(6)(ids, expected))
-    assert torch.equal(truncate(logits, Sampling(min_new_tokens=1, top_k=6, top_p=0.7), 0, 7), expected)
+    sampling = Sampling(min_new_tokens=1, top_k=6, top_p=0.7)
+    withhold_end(logits, sampling, 0, 7)
+    assert torch.equal(truncate(logits, sampling), expected)
 
 
 @pytest.mark.parametrize(
