@@ -1,8 +1,9 @@
 """Is the learning curve the same on every path of computation? `python benchmarks/learning.py`.
 
-The toy world's PPO without a KL penalty, three seeds a path (`learning.yaml`; finished runs are kept, so it can be run
-in parts). A path agrees with its baseline when the mean difference over the curve, and at its end, is no larger than
-the spread of the baseline's own seeds: largest minus smallest.
+The toy world's PPO without a KL penalty, six seeds a path (`learning.yaml`; finished runs are kept, so it can be run in
+parts). Runs of one seed draw with the same random numbers and part after some batches, when rounding has tipped a draw.
+A path agrees with its baseline when the 95 % interval of the seeds' paired differences holds 0, for the mean over the
+curve and for its end.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import statistics
 import subprocess
 import sys
 from collections import defaultdict
@@ -26,6 +28,7 @@ BASELINES = {
     "upper_layers_shared": "upper_layers_whole",
 }
 METRICS = ("reward", "kl")
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}  # 97.5 % quantile of Student's t, by the number of pairs
 
 Curves = dict[str, dict[int, dict[str, list[float]]]]  # method -> seed -> metric -> values over ppo_step
 
@@ -48,22 +51,26 @@ def read(file: Path) -> Curves:
 
 
 def compare(curves: Curves, method: str, baseline: str, metric: str) -> dict[str, float]:
-    """Means over seeds of the curve's mean and end, of both, and the spread of the baseline's seeds."""
+    """The curve's mean and its end: means over seeds of both paths, the spread of the baseline's seeds (largest minus
+    smallest), and the mean paired difference with half the width of its 95 % interval."""
     result = {}
-    for name, summary in (("mean", lambda values: sum(values) / len(values)), ("end", lambda values: values[-1])):
-        ours = [summary(seed[metric]) for seed in curves[method].values()]
-        theirs = [summary(seed[metric]) for seed in curves[baseline].values()]
+    for name, summary in (("mean", statistics.mean), ("end", lambda values: values[-1])):
+        theirs = {seed: summary(curve[metric]) for seed, curve in curves[baseline].items()}
+        ours = {seed: summary(curve[metric]) for seed, curve in curves[method].items()}
+        differences = [ours[seed] - theirs[seed] for seed in theirs]
         result |= {
-            f"{name}": sum(ours) / len(ours),
-            f"{name}_baseline": sum(theirs) / len(theirs),
-            f"{name}_spread": max(theirs) - min(theirs),
+            name: statistics.mean(ours.values()),
+            f"{name}_baseline": statistics.mean(theirs.values()),
+            f"{name}_spread": max(theirs.values()) - min(theirs.values()),
+            f"{name}_difference": statistics.mean(differences),
+            f"{name}_interval": T95[len(differences)] * statistics.stdev(differences) / len(differences) ** 0.5,
         }
     return result
 
 
 def agrees(result: dict[str, float]) -> bool:
-    """Whether both differences lie within the spread."""
-    return all(abs(result[name] - result[f"{name}_baseline"]) <= result[f"{name}_spread"] for name in ("mean", "end"))
+    """Whether both intervals hold 0."""
+    return all(abs(result[f"{name}_difference"]) <= result[f"{name}_interval"] for name in ("mean", "end"))
 
 
 def main() -> None:
@@ -77,12 +84,13 @@ def main() -> None:
         for metric in METRICS:
             result = compare(curves, method, baseline, metric)
             results[f"{method}/{metric}"] = result | {"baseline": baseline, "agrees": agrees(result)}
-            cells = [
-                f"{result[name]:.3f} / {result[f'{name}_baseline']:.3f} ({result[f'{name}_spread']:.3f})"
-                for name in ("mean", "end")
-            ]
+            cells = []
+            for name in ("mean", "end"):
+                cells.append(f"{result[f'{name}_baseline']:.3f} ({result[f'{name}_spread']:.3f})")
+                cells.append(f"{result[f'{name}_difference']:+.3f} +- {result[f'{name}_interval']:.3f}")
             rows.append([method, baseline, metric, *cells, "yes" if agrees(result) else "no"])
-    table(["path", "baseline", "metric", "mean, its / the baseline's (spread)", "end", "within the spread"], rows)
+    head = ["path", "baseline", "metric", "baseline's mean (spread)", "difference", "its end (spread)", "difference"]
+    table([*head, "agrees"], rows)
     save("learning", {"comparisons": results})
 
 

@@ -67,20 +67,23 @@ def test_the_plain_path_has_our_loss_and_gradients(gpt2_folder):
 def test_the_learning_pipeline_reads(monkeypatch):
     pipeline = read_pipeline(BENCHMARKS / "learning.yaml")
     runs = [run for run in pipeline.runs.values() if len(run.needs) == 2]
-    assert len(runs) == 21 and {run.seed for run in runs} == {1, 2, 3}
+    assert len(runs) == 42 and {run.seed for run in runs} == {1, 2, 3, 4, 5, 6}
     assert all("--model.init_args.ppo.kl_penalty" not in " ".join(run.arguments) for run in runs)
     plain = next(run for run in runs if run.stage == "plain")
     assert "--model.class_path=paths.PlainPPO" in plain.arguments and hasattr(PlainPPO, "training_step")
 
 
-def test_agreement_is_within_the_spread_of_the_baseline():
+def test_agreement_is_an_interval_of_paired_differences_that_holds_0():
     def method(*ends):
         return {seed: {"reward": [0.0, end]} for seed, end in enumerate(ends)}
 
-    curves = {"base": method(1.0, 1.2, 1.1), "near": method(1.1, 1.2, 1.3), "far": method(1.3, 1.5, 1.4)}
+    curves = {"base": method(1.0, 1.2, 1.1), "near": method(1.1, 1.2, 1.3), "far": method(1.3, 1.5, 1.42)}
     near, far = (compare(curves, name, "base", "reward") for name in ("near", "far"))
     assert near["end"] == pytest.approx(1.2) and near["end_baseline"] == pytest.approx(1.1)
     assert near["end_spread"] == pytest.approx(0.2) and near["mean_spread"] == pytest.approx(0.1)
+    # differences 0.1, 0, 0.2: mean 0.1, deviation 0.1
+    assert near["end_difference"] == pytest.approx(0.1)
+    assert near["end_interval"] == pytest.approx(4.30 * 0.1 / 3**0.5)
     assert agrees(near) and not agrees(far)
 
 
