@@ -1,4 +1,8 @@
-"""Metrics of drift and reward: sums over batches and ranks, divided once at the end."""
+"""Metrics of drift and reward: sums over batches and ranks, divided once at the end.
+
+States are replaced, never changed in place: `Trainer.validate` resets them in inference mode, and a later `fit`, which
+validates outside of it, could not add to such a tensor.
+"""
 
 from elastic_lightning.metrics.diversity import DistinctN
 from elastic_lightning.metrics.kl import SequenceKL

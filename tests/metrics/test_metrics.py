@@ -107,6 +107,17 @@ def test_reset_forgets():
     assert results(metrics) == pytest.approx(oracle())
 
 
+def test_what_was_reset_in_inference_mode_counts_on_outside_of_it():
+    # Trainer.validate runs in inference mode, the validation of Trainer.fit does not.
+    metrics = build()
+    with torch.inference_mode():
+        feed(metrics, **rows(batch(), 0, 3))
+        for metric in metrics.values():
+            metric.reset()
+    feed(metrics, **batch())
+    assert results(metrics) == pytest.approx(oracle())
+
+
 def test_forward_returns_the_batch_and_keeps_the_whole():
     data, metric = batch(), DistinctN(2)
     for half in (rows(data, 0, 3), rows(data, 3, 6)):
