@@ -21,7 +21,7 @@ _HOMES = {
         "SampleLogger",
         "SavePretrained",
     ),
-    "algorithms": ("PPO", "PPOConfig", "LanguageModel", "RewardModel"),
+    "algorithms": ("PPO", "PPOConfig", "LanguageModel", "RewardModel", "TranslationModel"),
     "policies": ("load_policy", "LoRA", "ModelSource", "Sampling"),
     "rewards": ("Reward", "ClassifierReward", "FunctionReward", "WeightedReward"),
     "data": ("IMDBDataModule", "ToyReviewsDataModule"),

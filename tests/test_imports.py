@@ -19,7 +19,7 @@ MODELS = BASE | {"metrics", "policies", "rewards"}
 ALLOWED = {
     "errors": set(),
     "functional": set(),
-    "metrics": BASE,
+    "metrics": BASE | {"policies"},
     "policies": BASE,
     "rewards": BASE | {"policies"},
     "algorithms": MODELS,

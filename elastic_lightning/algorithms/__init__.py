@@ -6,5 +6,16 @@ from elastic_lightning.algorithms.ppo import PPO
 from elastic_lightning.algorithms.ppo_config import PPOConfig
 from elastic_lightning.algorithms.reward_model import LabelledTexts, RewardModel
 from elastic_lightning.algorithms.supervised import AdamWConfig
+from elastic_lightning.algorithms.translation_model import TranslationBatch, TranslationModel
 
-__all__ = ["PPO", "AdamWConfig", "Execution", "LabelledTexts", "LanguageModel", "PPOConfig", "RewardModel"]
+__all__ = [
+    "PPO",
+    "AdamWConfig",
+    "Execution",
+    "LabelledTexts",
+    "LanguageModel",
+    "PPOConfig",
+    "RewardModel",
+    "TranslationBatch",
+    "TranslationModel",
+]

@@ -2,6 +2,7 @@
 
 from elastic_lightning.functional.advantages import gae, masked_mean, whiten, zero_padding
 from elastic_lightning.functional.diversity import distinct_n, ngrams, unique_rows
+from elastic_lightning.functional.frequency import jensen_shannon, token_counts
 from elastic_lightning.functional.kl import (
     AdaptiveKL,
     FixedKL,
@@ -32,6 +33,7 @@ __all__ = [
     "exact_kl",
     "float32_copy",
     "gae",
+    "jensen_shannon",
     "kl_k1",
     "kl_k2",
     "kl_k3",
@@ -43,6 +45,7 @@ __all__ = [
     "ppo_policy_loss",
     "ppo_value_loss",
     "slerp",
+    "token_counts",
     "token_logprobs",
     "unique_rows",
     "whiten",

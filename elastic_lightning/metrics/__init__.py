@@ -1,8 +1,23 @@
-"""Metrics of drift and reward: sums over batches and ranks, divided once at the end."""
+"""Metrics of drift, translation and reward: sums over batches and ranks, divided once at the end.
 
+States are replaced, never changed in place: `Trainer.validate` resets them in inference mode, and a later `fit`, which
+validates outside of it, could not add to such a tensor.
+"""
+
+from elastic_lightning.metrics.bleu import CorpusBLEU
 from elastic_lightning.metrics.diversity import DistinctN
+from elastic_lightning.metrics.frequency import TokenFrequencyDivergence
 from elastic_lightning.metrics.kl import SequenceKL
+from elastic_lightning.metrics.language_model import LanguageModelNLL
 from elastic_lightning.metrics.perplexity import TokenPerplexity
 from elastic_lightning.metrics.reward import MeanReward
 
-__all__ = ["DistinctN", "MeanReward", "SequenceKL", "TokenPerplexity"]
+__all__ = [
+    "CorpusBLEU",
+    "DistinctN",
+    "LanguageModelNLL",
+    "MeanReward",
+    "SequenceKL",
+    "TokenFrequencyDivergence",
+    "TokenPerplexity",
+]

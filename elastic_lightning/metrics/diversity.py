@@ -40,7 +40,7 @@ class DistinctN(Metric):
     def update(self, tokens: Tensor, mask: Tensor) -> None:
         """Add samples: int64 `tokens` [B, T] and bool `mask` [B, T]."""
         rows = ngrams(tokens, mask, self.n)
-        self.total += len(rows)
+        self.total = self.total + len(rows)
         self.rows.append(unique_rows(rows))
         # Sorting the whole state in at every update would take quadratic time; once it has doubled is soon enough.
         if sum(map(len, self.rows)) > 2 * len(self.rows[0]):

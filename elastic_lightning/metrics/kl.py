@@ -38,9 +38,9 @@ class SequenceKL(Metric):
 
     def update(self, kl: Tensor, mask: Tensor) -> None:
         """Add responses: `kl` [B, T], an estimate or the exact value at each token, and bool `mask` [B, T]."""
-        self.total += zero_padding(kl, mask).sum(dtype=torch.float64)
-        self.sequences += len(kl)
-        self.tokens += mask.sum()
+        self.total = self.total + zero_padding(kl, mask).sum(dtype=torch.float64)
+        self.sequences = self.sequences + len(kl)
+        self.tokens = self.tokens + mask.sum()
 
     def compute(self) -> Tensor:
         return self.total / (self.sequences if self.per == "sequence" else self.tokens)

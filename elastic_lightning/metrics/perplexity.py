@@ -27,8 +27,8 @@ class TokenPerplexity(Metric):
 
     def update(self, nll: Tensor, mask: Tensor) -> None:
         """Add tokens: `nll`, nats a token, of any shape, and a bool `mask` of the same."""
-        self.total += zero_padding(nll, mask).sum(dtype=torch.float64)
-        self.tokens += mask.sum()
+        self.total = self.total + zero_padding(nll, mask).sum(dtype=torch.float64)
+        self.tokens = self.tokens + mask.sum()
 
     def compute(self) -> Tensor:
         return torch.exp(self.total / self.tokens)

@@ -22,8 +22,8 @@ class MeanReward(Metric):
 
     def update(self, scores: Tensor) -> None:
         """Add responses: `scores` [B]."""
-        self.total += scores.sum(dtype=torch.float64)
-        self.responses += scores.numel()
+        self.total = self.total + scores.sum(dtype=torch.float64)
+        self.responses = self.responses + scores.numel()
 
     def compute(self) -> Tensor:
         return self.total / self.responses

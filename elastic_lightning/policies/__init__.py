@@ -1,9 +1,10 @@
 """The language model as a policy: loading, value head, reference and sampling."""
 
 from elastic_lightning.policies.actor_critic import ActorCritic, Evaluation
-from elastic_lightning.policies.causal import CausalLM, Prompts, Responses
+from elastic_lightning.policies.causal import CausalLM, PairedTexts, Prompts, Responses
 from elastic_lightning.policies.graph_sampling import GraphSampler
 from elastic_lightning.policies.loading import LoadedPolicy, LoRA, ModelSource, load_policy, load_source, load_tokenizer
+from elastic_lightning.policies.padding import right_padded
 from elastic_lightning.policies.reference import AdapterOff, FrozenCopy, make_reference
 from elastic_lightning.policies.rollout_copy import RolloutCopy
 from elastic_lightning.policies.sampling import Rollout, Sampling, counter_uniforms, draw, sample
@@ -19,6 +20,7 @@ __all__ = [
     "LoRA",
     "LoadedPolicy",
     "ModelSource",
+    "PairedTexts",
     "Prompts",
     "Responses",
     "Rollout",
@@ -33,5 +35,6 @@ __all__ = [
     "load_source",
     "load_tokenizer",
     "make_reference",
+    "right_padded",
     "sample",
 ]

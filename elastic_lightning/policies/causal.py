@@ -32,6 +32,13 @@ class Responses(NamedTuple):
     mask: Tensor
 
 
+class PairedTexts(NamedTuple):
+    """Texts and what they are to be answered with: B `source` prompts and their B `target` responses."""
+
+    source: Prompts
+    target: Responses
+
+
 class PreallocatedLayer(DynamicLayer):
     """Keys and values [B, H, capacity, D] allocated once; a step writes its slice and reads a growing view.
 

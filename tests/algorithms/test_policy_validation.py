@@ -6,8 +6,9 @@ import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from elastic_lightning.algorithms import Execution
-from elastic_lightning.policies import Prompts
+from elastic_lightning.algorithms import PPO, Execution
+from elastic_lightning.metrics import LanguageModelNLL
+from elastic_lightning.policies import Prompts, Sampling
 
 
 def human(toy, rows=3, length=9, seed=9):
@@ -164,3 +165,27 @@ def test_drift_is_measured_from_the_start_after_the_reference_moved(toy, tmp_pat
     assert all(torch.equal(p, start[name]) for name, p in module.initial.lm.named_parameters())
     trainer.validate(module, toy.loader([toy.prompts(rows=8)]), verbose=False)  # sets the module up again
     assert trainer.callback_metrics["val/kl"].item() == pytest.approx(drift, rel=1e-5)
+
+
+def test_a_language_model_of_its_own_reads_the_samples(toy, tmp_path):
+    def build():
+        metrics = [LanguageModelNLL(toy.folder, name="english_nll")]
+        return PPO(toy.source(), toy.reward_class(), sampling=Sampling(max_new_tokens=6), metrics=metrics, seed=0)
+
+    module, batch, model = build(), toy.prompts(rows=7), toy.plain_model()
+    rows = [row[keep].tolist() for row, keep in zip(*module.sample(batch, -1).responses, strict=True)]
+    nats = []
+    for row in ([token for token in row if token < 27 or token == toy.eos] for row in rows):  # <unk> is no text
+        with torch.no_grad():
+            logprobs = torch.log_softmax(model(torch.tensor([[toy.eos, *row]])).logits[0], -1)
+        nats += [-logprobs[place, token].item() for place, token in enumerate(row)]
+    trainer = toy.trainer(tmp_path)
+    trainer.validate(module, toy.loader([batch]), verbose=False)
+    assert trainer.callback_metrics["val/english_nll"].item() == pytest.approx(sum(nats) / len(nats), rel=1e-5)
+
+    trainer = toy.fit(module, tmp_path)
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    saved = torch.load(tmp_path / "saved.ckpt", weights_only=True)["state_dict"]
+    assert saved and all(name.startswith("actor.") for name in saved)
+    assert not any("metric" in name for name in module.state_dict())
+    toy.trainer(tmp_path).validate(build(), toy.loader([batch]), ckpt_path=tmp_path / "saved.ckpt", verbose=False)

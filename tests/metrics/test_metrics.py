@@ -2,12 +2,20 @@ import math
 from itertools import pairwise
 
 import pytest
+import sacrebleu
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from elastic_lightning.functional import distinct_n, whiten
-from elastic_lightning.metrics import DistinctN, MeanReward, SequenceKL, TokenPerplexity
+from elastic_lightning.functional import distinct_n, jensen_shannon, whiten
+from elastic_lightning.metrics import (
+    CorpusBLEU,
+    DistinctN,
+    MeanReward,
+    SequenceKL,
+    TokenFrequencyDivergence,
+    TokenPerplexity,
+)
 
 LENGTHS = [5, 2, 0, 4, 1, 3]
 MASK = torch.tensor([[step < length for step in range(5)] for length in LENGTHS])
@@ -31,6 +39,8 @@ def build():
         "perplexity": TokenPerplexity(),
         "distinct": DistinctN(2),
         "reward": MeanReward(),
+        "frequency": TokenFrequencyDivergence(5),
+        "bleu": CorpusBLEU(),
     }
 
 
@@ -40,6 +50,17 @@ def feed(metrics, values, tokens, scores, mask):
     metrics["perplexity"].update(values, mask)
     metrics["distinct"].update(tokens, mask)
     metrics["reward"].update(scores)
+    metrics["frequency"].update(tokens, mask, *references(tokens, mask))
+    metrics["bleu"].update(texts(tokens, mask), texts(*references(tokens, mask)))
+
+
+def references(tokens, mask):
+    """Other texts: each token one more, but in the first two columns."""
+    return torch.cat([tokens[:, :2], tokens[:, 2:] + 1], dim=1), mask
+
+
+def texts(tokens, mask):
+    return [" ".join(f"w{token}" for token in row[keep]) for row, keep in zip(tokens, mask, strict=True)]
 
 
 def rows(data, start, stop):
@@ -47,11 +68,14 @@ def rows(data, start, stop):
 
 
 def oracle():
-    """The five numbers in plain Python."""
+    """The numbers in plain Python, and by sacrebleu."""
     data = batch()
     valid = [data["values"][row, :length].tolist() for row, length in enumerate(LENGTHS)]
-    texts = [data["tokens"][row, :length].tolist() for row, length in enumerate(LENGTHS)]
-    bigrams = [pair for text in texts for pair in pairwise(text)]
+    rows = [data["tokens"][row, :length].tolist() for row, length in enumerate(LENGTHS)]
+    bigrams = [pair for row in rows for pair in pairwise(row)]
+    shifted = [[token + (place > 1) for place, token in enumerate(row)] for row in rows]
+    counts = [[sum(row.count(token) for row in side) for token in range(5)] for side in (rows, shifted)]
+    hypotheses, truths = ([" ".join(f"w{token}" for token in row) for row in side] for side in (rows, shifted))
     total = sum(map(sum, valid))
     return {
         "kl": total / len(LENGTHS),
@@ -59,6 +83,8 @@ def oracle():
         "perplexity": math.exp(total / sum(LENGTHS)),
         "distinct": len(set(bigrams)) / len(bigrams),
         "reward": sum(data["scores"].tolist()) / len(LENGTHS),
+        "frequency": jensen_shannon(*map(torch.tensor, counts)).item(),
+        "bleu": sacrebleu.corpus_bleu(hypotheses, [truths]).score,
     }
 
 
@@ -107,6 +133,17 @@ def test_reset_forgets():
     assert results(metrics) == pytest.approx(oracle())
 
 
+def test_what_was_reset_in_inference_mode_counts_on_outside_of_it():
+    # Trainer.validate runs in inference mode, the validation of Trainer.fit does not.
+    metrics = build()
+    with torch.inference_mode():
+        feed(metrics, **rows(batch(), 0, 3))
+        for metric in metrics.values():
+            metric.reset()
+    feed(metrics, **batch())
+    assert results(metrics) == pytest.approx(oracle())
+
+
 def test_forward_returns_the_batch_and_keeps_the_whole():
     data, metric = batch(), DistinctN(2)
     for half in (rows(data, 0, 3), rows(data, 3, 6)):
@@ -138,6 +175,8 @@ def test_wrong_arguments_are_named():
         SequenceKL(per="row")
     with pytest.raises(ValueError, match="n must be positive, got 0"):
         DistinctN(0)
+    with pytest.raises(ValueError, match="vocabulary must be positive, got 0"):
+        TokenFrequencyDivergence(0)
 
 
 def rank_main(rank, folder):
