@@ -10,6 +10,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
@@ -30,6 +32,31 @@ def word_tokenizer(**special):
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **special)
+
+
+BART_LIKE = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 3, "max_position_embeddings": 40, "init_std": 0.5}
+BART_LIKE |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+BART_LIKE |= {"dropout": 0.3, "attention_dropout": 0.3, "activation_dropout": 0.3, "encoder_layerdrop": 0.3}
+T5_LIKE = {"d_model": 16, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 2, "d_kv": 8, "d_ff": 32}
+T5_LIKE |= {"dropout_rate": 0.3, "initializer_factor": 0.7}
+
+
+def encoder_decoder(model_type, vocab_size, pad, eos):
+    """A tiny Marian, BART or T5: unlike numbers of layers, random biases, more dropout than anyone uses."""
+    size = T5_LIKE if model_type == "t5" else BART_LIKE
+    start = eos if model_type == "bart" else pad  # as their makers have it
+    special = {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": pad, "decoder_start_token_id": start}
+    special |= {"forced_eos_token_id": None}
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        config = AutoConfig.for_model(model_type, vocab_size=vocab_size, **size, **special)
+        model = AutoModelForSeq2SeqLM.from_config(config).eval()
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # not Marian's positions
+                parameter.data += 0.05 * torch.randn_like(parameter)
+        if hasattr(model, "final_logits_bias"):
+            model.final_logits_bias.normal_()[0, eos] = 3.0  # some responses end
+    return model
 
 
 def save(tmp_path_factory, name, model_class, config, tokenizer_folder):
@@ -64,6 +91,28 @@ def llama_folder(tmp_path_factory, tokenizer_folder):
     return save(tmp_path_factory, "llama", LlamaForCausalLM, config, tokenizer_folder)
 
 
+def save_encoder_decoder(tmp_path_factory, model_type, tokenizer_folder):
+    folder = str(tmp_path_factory.mktemp(model_type))
+    encoder_decoder(model_type, len(WORDS), PAD, EOS).save_pretrained(folder)
+    PreTrainedTokenizerFast.from_pretrained(tokenizer_folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def marian_folder(tmp_path_factory, tokenizer_folder):
+    return save_encoder_decoder(tmp_path_factory, "marian", tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def bart_folder(tmp_path_factory, tokenizer_folder):
+    return save_encoder_decoder(tmp_path_factory, "bart", tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def t5_folder(tmp_path_factory, tokenizer_folder):
+    return save_encoder_decoder(tmp_path_factory, "t5", tokenizer_folder)
+
+
 @pytest.fixture(scope="session")
 def classifier_folder(tmp_path_factory, tokenizer_folder):
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -72,6 +121,12 @@ def classifier_folder(tmp_path_factory, tokenizer_folder):
         vocab_size=len(WORDS), max_position_embeddings=32, pad_token_id=PAD, initializer_range=0.5, **size, **labels
     )
     return save(tmp_path_factory, "classifier", BertForSequenceClassification, config, tokenizer_folder)
+
+
+@pytest.fixture(scope="session", name="encoder_decoder")
+def encoder_decoder_fixture():
+    """The function that makes a tiny encoder-decoder."""
+    return encoder_decoder
 
 
 @pytest.fixture(scope="session", name="word_tokenizer")

@@ -28,8 +28,10 @@ class Execution:
             single row is compiled apart).
         gradient_checkpointing: recompute activations in the backward pass: one more forward pass of the layers.
         trainable_layers: train this many upper layers and the last norm alone. The frozen layers are run once a PPO
-            batch for policy, reference and all epochs, and the reference shares them. The whole model by default.
-        cuda_graphs: on CUDA, decode with one captured graph a step in place of a few hundred kernel launches.
+            batch for policy, reference and all epochs, and the reference shares them. The whole model by default, and
+            always that of an encoder-decoder.
+        cuda_graphs: on CUDA, decode with one captured graph a step in place of a few hundred kernel launches; not used
+            where the architecture cannot (encoder-decoders, windows of attention shorter than the text).
         scoring_batch_size: rows a forward when log-probabilities are only read (reference, recomputing); the whole
             PPO batch by default.
     """

@@ -11,7 +11,7 @@ from elastic_lightning.errors import UserError
 from elastic_lightning.functional import token_logprobs
 from elastic_lightning.metrics import TokenPerplexity
 from elastic_lightning.policies import ModelSource, load_source
-from elastic_lightning.policies.loading import context_length
+from elastic_lightning.policies.language_model import context_length
 
 
 class LanguageModel(SupervisedModule):
@@ -27,6 +27,8 @@ class LanguageModel(SupervisedModule):
         policy, optimizer = from_plain(ModelSource, policy), from_plain(AdamWConfig, optimizer)
         self.save_plain_hyperparameters()
         loaded = load_source(policy)
+        if loaded.model.config.is_encoder_decoder:
+            raise UserError(f"{type(loaded.model).__name__} is an encoder-decoder: see TranslationModel")
         self.model, self.tokenizer = loaded.model.train(), loaded.tokenizer
         self.optimizer_config = optimizer
         self.perplexity = TokenPerplexity()

@@ -54,9 +54,9 @@ class PolicyMetrics(nn.Module):
         tokens = responses.tokens.masked_fill(~responses.mask, 0)  # a pad token may lie outside the vocabulary
         self.sample_perplexity.update(-token_logprobs(reference_logits, tokens), responses.mask)
 
-    def update_human(self, nll: Tensor) -> None:
-        """Add human text by the policy's negative log-likelihood [B, L-1] of each token but the first."""
-        self.perplexity.update(nll, torch.ones_like(nll, dtype=torch.bool))
+    def update_human(self, nll: Tensor, mask: Tensor | None = None) -> None:
+        """Add human text by the policy's negative log-likelihood [B, L] of its tokens; `mask` leaves out padding."""
+        self.perplexity.update(nll, torch.ones_like(nll, dtype=torch.bool) if mask is None else mask)
 
     def compute_and_reset(self) -> dict[str, float]:
         """The values of all metrics that saw data; then all start anew."""

@@ -21,24 +21,25 @@ from elastic_lightning.algorithms.policy_metrics import PolicyMetrics
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import (
     ActorCritic,
-    CausalLM,
     GraphSampler,
     ModelSource,
+    PairedTexts,
+    PolicyLM,
     Prompts,
     Responses,
     Rollout,
     RolloutCopy,
     Sampling,
     Texts,
+    as_policy,
     counter_uniforms,
-    decode_texts,
     load_source,
     make_reference,
     sample,
 )
-from elastic_lightning.policies.loading import context_length, disable_dropout
+from elastic_lightning.policies.loading import disable_dropout
 from elastic_lightning.policies.reference import ReferenceKind
-from elastic_lightning.policies.saving import save_causal
+from elastic_lightning.policies.saving import save_model
 from elastic_lightning.rewards import Reward, Scores, score
 
 VALIDATION_LOGITS = 2**24  # of policy and initial policy each that stand in memory at a time
@@ -48,9 +49,9 @@ VALIDATION_STEP = -1  # uniforms of validation are those of this step: every val
 class PolicyModule(LightningModule):
     """A policy, its reference theta_0 and a reward; validated on prompts and on human text.
 
-    Validation batches are `Prompts` (sampled from and scored) or [B, L] tokens of human text (perplexity). The first
-    validation, before any training, is logged at step 0 when Lightning's sanity check runs over all batches
-    (``num_sanity_val_steps: -1``).
+    Validation batches are `Prompts` (sampled from and scored), or human text whose perplexity is measured: [B, L]
+    tokens without prompts, or `PairedTexts`. The first validation, before any training, is logged at step 0 when
+    Lightning's sanity check runs over all batches (``num_sanity_val_steps: -1``).
 
     Args:
         policy: the model to train.
@@ -79,7 +80,7 @@ class PolicyModule(LightningModule):
         execution.check(policy, loaded.unmerged_adapter)
         disable_dropout(loaded.model)
         self.tokenizer = loaded.tokenizer
-        lm = CausalLM(loaded.model, execution.trainable_layers, execution.gradient_checkpointing)
+        lm = as_policy(loaded.model, execution.trainable_layers, execution.gradient_checkpointing)
         self.actor = ActorCritic(lm, separate_value_trunk).eval()
         self.reference = make_reference(self.actor.lm, reference, loaded.unmerged_adapter)
         self.initial = self.reference  # what drift is measured against
@@ -115,13 +116,13 @@ class PolicyModule(LightningModule):
 
     def save_pretrained(self, folder: str | Path, adapter: str = "merged") -> None:
         """Write a folder that transformers loads: policy and tokenizer, and the value head in a file of its own."""
-        save_causal(self.actor.lm.model, self.tokenizer, folder, adapter)
+        save_model(self.actor.lm.model, self.tokenizer, folder, adapter)
         head = {name: tensor.detach().cpu().contiguous() for name, tensor in self.actor.value_head.state_dict().items()}
         save_file(head, Path(folder) / "value_head.safetensors")
 
     # Sampling and scoring ---------------------------------------------------------------------------------------
 
-    def sample(self, prompts: Prompts, step: int, first_row: int = 0, lm: CausalLM | None = None) -> Rollout:
+    def sample(self, prompts: Prompts, step: int, first_row: int = 0, lm: PolicyLM | None = None) -> Rollout:
         """One response a prompt, from `lm` (the policy by default); the draws are a function of (seed, step, global
         row, position)."""
         self.check_context(prompts.tokens.shape[1])
@@ -139,7 +140,7 @@ class PolicyModule(LightningModule):
 
     def score(self, prompts: Prompts, responses: Responses) -> tuple[Texts, Scores]:
         """Texts of a batch and their scores [B], on the module's device."""
-        texts = decode_texts(self.tokenizer, prompts, responses)
+        texts = self.actor.lm.decode(self.tokenizer, prompts, responses)
         total, components = score(self.reward, texts.prompts, texts.responses)
         return texts, Scores(total.to(self.device), {name: part.to(self.device) for name, part in components.items()})
 
@@ -198,11 +199,15 @@ class PolicyModule(LightningModule):
     # Validation, test, prediction -------------------------------------------------------------------------------
 
     def validation_step(
-        self, batch: Prompts | Tensor, batch_idx: int, dataloader_idx: int = 0
+        self, batch: Prompts | PairedTexts | Tensor, batch_idx: int, dataloader_idx: int = 0
     ) -> list[dict[str, Any]] | None:
         """Measure one batch; returns the rows of `predict_step` for prompts."""
         if isinstance(batch, Tensor):
             self.policy_metrics.update_human(-self.actor.lm.next_token_statistics(batch).logprobs)
+            return None
+        if isinstance(batch, PairedTexts):
+            nll = -self.actor.lm.pair_statistics(batch).logprobs
+            self.policy_metrics.update_human(nll, batch.target.mask)
             return None
         rollout = self.sample(batch, VALIDATION_STEP, self._first_row(batch))
         texts, scores = self.score(batch, rollout.responses)
@@ -226,7 +231,7 @@ class PolicyModule(LightningModule):
             # Not for the logger, whose axis is ours: for the progress bar, ModelCheckpoint and SavePretrained.
             self.log_dict(values, logger=False)
 
-    def test_step(self, batch: Prompts | Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def test_step(self, batch: Prompts | PairedTexts | Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.validation_step(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
@@ -279,13 +284,7 @@ class PolicyModule(LightningModule):
 
     def check_context(self, prompt_tokens: int) -> None:
         """Raise a `UserError` when prompts and responses do not fit the model's positions."""
-        context = context_length(self.actor.lm.model)
-        total = prompt_tokens + self.sampling.max_new_tokens
-        if context is not None and total > context:
-            raise UserError(
-                f"prompts of {prompt_tokens} tokens and {self.sampling.max_new_tokens} new ones make {total}, but the "
-                f"model's context is {context}: lower data's max_prompt_tokens or sampling.max_new_tokens"
-            )
+        self.actor.lm.check_context(prompt_tokens, self.sampling.max_new_tokens)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained; reward, reference and frozen base weights are loaded from where they came from."""

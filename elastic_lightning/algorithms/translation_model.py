@@ -7,14 +7,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForSeq2SeqLM
 
 from elastic_lightning.algorithms.hyperparameters import from_plain
 from elastic_lightning.algorithms.supervised import AdamWConfig, SupervisedModule
 from elastic_lightning.errors import UserError
 from elastic_lightning.metrics import CorpusBLEU, TokenPerplexity
-from elastic_lightning.policies import LoadedPolicy, ModelSource, PairedTexts, Prompts, load_tokenizer, right_padded
-from elastic_lightning.policies.loading import add_lora, context_length, from_architecture, from_path
+from elastic_lightning.policies import ModelSource, PairedTexts, Prompts, load_source, right_padded
+from elastic_lightning.policies.language_model import context_length
+from elastic_lightning.policies.seq2seq import decoder_start_token
 
 
 class TranslationBatch(NamedTuple):
@@ -57,7 +57,10 @@ class TranslationModel(SupervisedModule):
                 raise UserError(f"{name} must be 1 or more, got {value}")
         policy, optimizer = from_plain(ModelSource, policy), from_plain(AdamWConfig, optimizer)
         self.save_plain_hyperparameters()
-        loaded = load_encoder_decoder(policy)
+        loaded = load_source(policy)
+        if not loaded.model.config.is_encoder_decoder:
+            raise UserError(f"{type(loaded.model).__name__} is no encoder-decoder: see LanguageModel")
+        self.start_token = decoder_start_token(loaded.model)
         self.model, self.tokenizer = loaded.model.train(), loaded.tokenizer
         self.optimizer_config = optimizer
         self.label_smoothing, self.max_new_tokens = label_smoothing, max_new_tokens
@@ -116,7 +119,7 @@ class TranslationModel(SupervisedModule):
     def _logits(self, pairs: PairedTexts) -> Tensor:
         """Logits [N, V] float32 that predict the N valid target tokens, row by row."""
         source, (tokens, mask) = right_padded(pairs.source), pairs.target
-        start = torch.full_like(tokens[:, :1], self.model.config.decoder_start_token_id)
+        start = torch.full_like(tokens[:, :1], self.start_token)
 
         # The output layer is most of what a position costs: it reads the states of the valid ones alone, and whatever
         # the architecture does before and after it (scaling, a bias) stays as it is.
@@ -131,19 +134,3 @@ class TranslationModel(SupervisedModule):
                 use_cache=False,
             )
         return output.logits.float()
-
-
-def load_encoder_decoder(source: ModelSource) -> LoadedPolicy:
-    """An encoder-decoder and its tokenizer; one from an architecture starts decoding at the pad token, as Marian and T5
-    do, and ends where it likes."""
-    tokenizer = load_tokenizer(source.tokenizer or source.path, trust_remote_code=source.trust_remote_code)
-    if source.architecture is None:
-        model = from_path(AutoModelForSeq2SeqLM, source)
-    else:
-        special = {"decoder_start_token_id": tokenizer.pad_token_id, "forced_eos_token_id": None}
-        model = from_architecture(AutoModelForSeq2SeqLM, source, tokenizer, **special)
-    if model.config.decoder_start_token_id is None:
-        raise UserError(f"the config of {source.path} has no decoder_start_token_id: decoding could not begin")
-    if source.lora is not None:
-        model = add_lora(model, source.lora, task_type="SEQ_2_SEQ_LM")
-    return LoadedPolicy(model, tokenizer, unmerged_adapter=False)

@@ -14,18 +14,16 @@ from transformers import PreTrainedTokenizerBase
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import (
     ActorCritic,
-    CausalLM,
     LoRA,
     ModelSource,
     Prompts,
     Sampling,
+    as_policy,
     counter_uniforms,
-    decode_texts,
     load_policy,
     load_source,
     sample,
 )
-from elastic_lightning.policies.loading import context_length
 
 
 def generate(
@@ -45,12 +43,12 @@ def generate(
     repeated = [prompt for prompt in prompts for _ in range(samples)]
     rows: list[dict[str, Any]] = []
     for start in range(0, len(repeated), batch_size):
-        batch = _encode(tokenizer, repeated[start : start + batch_size], next(policy.parameters()).device)
-        _check_context(policy, batch, sampling)
+        batch = _encode(policy, tokenizer, repeated[start : start + batch_size])
+        policy.lm.check_context(batch.tokens.shape[1], sampling.max_new_tokens)
         index = torch.arange(len(batch.tokens), device=batch.tokens.device) + start
         uniforms = counter_uniforms(seed, 0, index, sampling.max_new_tokens)
         rollout = sample(policy, batch, sampling, uniforms, tokenizer.eos_token_id, tokenizer.pad_token_id)
-        texts = decode_texts(tokenizer, batch, rollout.responses)
+        texts = policy.lm.decode(tokenizer, batch, rollout.responses)
         rows += [
             {"prompt": prompt, "response": response, "complete": complete}
             for prompt, response, complete in zip(*texts, strict=True)
@@ -76,7 +74,7 @@ def main(argv: list[str]) -> int:
         print(f"wrote {len(rows)} responses to {arguments.output}")
     else:
         for row in rows:
-            print(row["prompt"] + row["response"])
+            print(row["prompt"] + policy.lm.separator + row["response"])
     return 0
 
 
@@ -84,7 +82,7 @@ def load(path: str) -> tuple[ActorCritic, PreTrainedTokenizerBase]:
     """Policy and tokenizer from a `save_pretrained` folder, a hub id, or a ``.ckpt`` file of a PPO run."""
     if not path.endswith(".ckpt"):
         loaded = load_policy(path)
-        return ActorCritic(CausalLM(loaded.model)).eval(), loaded.tokenizer
+        return ActorCritic(as_policy(loaded.model)).eval(), loaded.tokenizer
     if not Path(path).is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
@@ -96,7 +94,7 @@ def load(path: str) -> tuple[ActorCritic, PreTrainedTokenizerBase]:
         raise UserError(f"{path} is not a checkpoint of a policy trained here: its hyper-parameters name no policy")
     fields = dict(settings["policy"])
     loaded = load_source(ModelSource(**{**fields, "lora": LoRA(**fields["lora"]) if fields.get("lora") else None}))
-    policy = ActorCritic(CausalLM(loaded.model), settings.get("separate_value_trunk", False)).eval()
+    policy = ActorCritic(as_policy(loaded.model), settings.get("separate_value_trunk", False)).eval()
     _load_trained(policy, checkpoint["state_dict"], path)
     return policy, loaded.tokenizer
 
@@ -113,22 +111,13 @@ def _load_trained(policy: ActorCritic, state: dict[str, torch.Tensor], path: str
     policy.load_state_dict(weights, strict=False)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], device: torch.device) -> Prompts:
-    encoded = tokenizer(texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
-    mask = encoded["attention_mask"].bool()
+def _encode(policy: ActorCritic, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Prompts:
+    tokens, mask = policy.lm.encode(tokenizer, texts)
     empty = [text for text, row in zip(texts, mask, strict=True) if not row.any()]
     if empty:
         raise UserError(f"the prompt {empty[0]!r} has no tokens")
-    return Prompts(encoded["input_ids"].to(device), mask.to(device))
-
-
-def _check_context(policy: ActorCritic, prompts: Prompts, sampling: Sampling) -> None:
-    context, total = context_length(policy.lm.model), prompts.tokens.shape[1] + sampling.max_new_tokens
-    if context is not None and total > context:
-        raise UserError(
-            f"a prompt of {prompts.tokens.shape[1]} tokens and {sampling.max_new_tokens} new ones make {total}, but "
-            f"the model's context is {context}: shorten the prompt or lower --max_new_tokens"
-        )
+    device = next(policy.parameters()).device
+    return Prompts(tokens.to(device), mask.to(device))
 
 
 def _read_lines(path: str) -> list[str]:

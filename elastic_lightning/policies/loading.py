@@ -13,10 +13,14 @@ import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActivation
 
 from elastic_lightning.errors import UserError
+from elastic_lightning.policies.auto import AutoLanguageModel
+from elastic_lightning.policies.causal import CausalLM
+from elastic_lightning.policies.language_model import PolicyLM
+from elastic_lightning.policies.seq2seq import Seq2SeqLM
 
 PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]")  # where the tokenizer has none of its own: the first it knows, or adds
 UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)  # missing, of another kind, or damaged
@@ -52,8 +56,10 @@ class ModelSource:
     Attributes:
         path: hub id or a local `save_pretrained` folder.
         gguf_file: name of a GGUF file inside `path` (needs the extra `[gguf]`).
-        architecture: fields of a Hugging Face config for random weights, e.g. ``{model_type: gpt2, n_embd: 256}``;
-            the vocabulary size and special tokens come from the tokenizer.
+        architecture: fields of a Hugging Face config for random weights, e.g. ``{model_type: gpt2, n_embd: 256}`` or
+            ``{model_type: marian, d_model: 256, encoder_layers: 3, decoder_layers: 3, scale_embedding: true}``; the
+            vocabulary size and special tokens come from the tokenizer. The decoder of an encoder-decoder starts with
+            the pad token.
         tokenizer: hub id or folder; `path` by default.
         dtype: of the weights.
         attention: transformers' implementation, e.g. flash_attention_2 on a GPU; eager is faster than sdpa for short
@@ -85,7 +91,7 @@ class ModelSource:
 
 
 class LoadedPolicy(NamedTuple):
-    """A causal language model and its tokenizer.
+    """A language model, causal or encoder-decoder, and its tokenizer.
 
     `unmerged_adapter` is true when the folder held an adapter: switched off, such a model is not the policy it was.
     """
@@ -106,7 +112,7 @@ def load_policy(
     lora: LoRA | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedPolicy:
-    """Load a causal language model (see `ModelSource` for the arguments) in eval mode.
+    """Load a language model, causal or encoder-decoder (see `ModelSource` for the arguments), in eval mode.
 
     Raises:
         UserError: the model or tokenizer cannot be found, or the options contradict each other.
@@ -120,23 +126,38 @@ def load_source(source: ModelSource) -> LoadedPolicy:
     tokenizer = load_tokenizer(source.tokenizer or source.path, gguf_file, source.trust_remote_code)
     adapter = source.path is not None and (Path(source.path) / "adapter_config.json").exists()
     if source.architecture is not None:
-        model = from_architecture(AutoModelForCausalLM, source, tokenizer)
+        model = from_architecture(AutoLanguageModel, source, tokenizer)
     elif adapter:
         model = _load_adapter(source)
     else:
-        model = from_path(AutoModelForCausalLM, source)
+        model = from_path(AutoLanguageModel, source)
     if source.lora is not None:
         if adapter:
             raise UserError(f"{source.path} holds an unmerged adapter: merge it before training another LoRA on top")
-        model = add_lora(model, source.lora)
+        task_type = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+        model = add_lora(model, source.lora, task_type)
     return LoadedPolicy(model.eval(), tokenizer, adapter)
+
+
+def as_policy(model: nn.Module, trainable_layers: int | None = None, gradient_checkpointing: bool = False) -> PolicyLM:
+    """The policy class that serves this model; see `CausalLM` for the arguments.
+
+    Raises:
+        UserError: the architecture is not supported, or an encoder-decoder is to have `trainable_layers`.
+    """
+    if not model.config.is_encoder_decoder:
+        return CausalLM(model, trainable_layers, gradient_checkpointing)
+    if trainable_layers is not None:
+        raise UserError("execution.trainable_layers works with causal language models alone: leave it out")
+    return Seq2SeqLM(model, gradient_checkpointing)
 
 
 def load_tokenizer(path: str, gguf_file: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load a tokenizer; one without a pad token, or whose pad token is its eos token, gets a pad token of its own.
 
     With pad = eos the model never learns to stop, because the mask that hides padding hides the end of text too. The
-    embedding is not resized: pad ids are masked, and replaced by 0, before every forward.
+    embedding is not resized: pad ids are masked, and replaced by 0, before every forward. Some tokenizers (Marian's,
+    T5's) append the end-of-text token to what they encode; `text` encodes without and puts it where it belongs.
     """
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     if not Path(path).exists() and hub_offline():
@@ -180,6 +201,9 @@ def from_architecture(
     model_type = fields.pop("model_type")
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
+        if AutoConfig.for_model(model_type).is_encoder_decoder:
+            # Its decoder starts as Marian's and T5's do, and ends where it likes.
+            special |= {"decoder_start_token_id": tokenizer.pad_token_id, "forced_eos_token_id": None}
         config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **special, **options, **fields})
         how = {"dtype": getattr(torch, source.dtype), "attn_implementation": source.attention}
         return fuse_gelu(auto_class.from_config(config, **how))
@@ -187,7 +211,7 @@ def from_architecture(
         raise UserError(f"cannot build the architecture {model_type!r}: {_first_line(error)}") from error
 
 
-def add_lora(model: PreTrainedModel, lora: LoRA, task_type: str = "CAUSAL_LM") -> nn.Module:
+def add_lora(model: PreTrainedModel, lora: LoRA, task_type: str) -> nn.Module:
     """Freeze `model` and add trainable low-rank adapters."""
     from peft import LoraConfig, get_peft_model
 
@@ -210,6 +234,9 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, value in list(vars(module).items()):  # rates that a forward gives to functional dropout
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def fuse_gelu(model: PreTrainedModel) -> PreTrainedModel:
@@ -239,11 +266,6 @@ def hub_offline(seconds: float = 5.0) -> bool:
         return True
 
 
-def context_length(model: nn.Module) -> int | None:
-    """Longest sequence the model has positions for, or None where its config does not say."""
-    return getattr(model.config, "max_position_embeddings", None)
-
-
 def _load_adapter(source: ModelSource) -> nn.Module:
     from peft import PeftConfig, PeftModel
 
@@ -251,7 +273,7 @@ def _load_adapter(source: ModelSource) -> nn.Module:
     if not base:
         raise UserError(f"{source.path}/adapter_config.json does not name its base model (base_model_name_or_path)")
     fields = {name: getattr(source, name) for name in ("dtype", "attention", "trust_remote_code")}
-    model = from_path(AutoModelForCausalLM, ModelSource(base, **fields))
+    model = from_path(AutoLanguageModel, ModelSource(base, **fields))
     return PeftModel.from_pretrained(model, source.path, is_trainable=True)
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies.actor_critic import ActorCritic, scale
-from elastic_lightning.policies.causal import CausalLM, Prompts, Responses
+from elastic_lightning.policies.batches import Prompts, Responses
+from elastic_lightning.policies.language_model import PolicyLM
 
 BLOCK = 256  # tokens whose weights are summed first in a search
 
@@ -76,7 +77,7 @@ def sample(
     uniforms: Tensor,
     eos_token_id: int | None,
     pad_token_id: int,
-    lm: CausalLM | None = None,
+    lm: PolicyLM | None = None,
 ) -> Rollout:
     """Draw one response a prompt. `uniforms` [B, max_new_tokens] in [0, 1) decide every draw: no hidden generator.
 
@@ -101,7 +102,7 @@ def sample(
 
 def choose(
     policy: ActorCritic,
-    lm: CausalLM,
+    lm: PolicyLM,
     hidden: Tensor,
     sampling: Sampling,
     uniforms: Tensor,

@@ -20,8 +20,9 @@ class Scores(NamedTuple):
 class Reward(nn.Module):
     """Base class: override `forward(prompts, responses) -> scores [B]`, with B texts each.
 
-    A response continues its prompt: ``prompt + response`` is the whole text, spaces included. A module, so that a
-    reward model moves to the policy's device; its weights are frozen and stay out of checkpoints.
+    A response continues its prompt: ``prompt + response`` is the whole text, spaces included; that of an
+    encoder-decoder is a text of its own. A module, so that a reward model moves to the policy's device; its weights are
+    frozen and stay out of checkpoints.
     """
 
     def forward(self, prompts: list[str], responses: list[str]) -> Tensor:

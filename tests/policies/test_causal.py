@@ -6,7 +6,7 @@ from transformers.cache_utils import Cache
 
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import ActorCritic, CausalLM, Responses, Sampling, load_policy, sample
-from elastic_lightning.policies.causal import PreallocatedLayer
+from elastic_lightning.policies.cache import PreallocatedLayer
 
 SIZE = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZE |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1}
@@ -122,6 +122,11 @@ def test_a_model_without_a_cache_of_keys_and_values_is_refused(model_type):
     config = AutoConfig.for_model(model_type, **fields)
     with pytest.raises(UserError, match="cache of keys and values"):
         CausalLM(AutoModelForCausalLM.from_config(config).eval())
+
+
+def test_an_encoder_decoder_is_refused(bart_folder):
+    with pytest.raises(UserError, match="BartForConditionalGeneration is an encoder-decoder"):
+        CausalLM(load_policy(bart_folder).model)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -1,13 +1,16 @@
 import pytest
 import torch
-from policy_cases import make_actor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from policy_cases import CAUSAL, EVERY_KIND, inputs_of, make_actor
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import load_policy, load_tokenizer
-from elastic_lightning.policies.saving import save_causal
+from elastic_lightning.policies.saving import save_model
 
-TOKENS = torch.tensor([[3, 4, 5, 20], [9, 28, 2, 1]])
+
+def logits_of(model):
+    """Logits of a response, by the model's own forward."""
+    return model(**inputs_of(model, [3, 4, 5, 20], [9, 28, 2, 1])[0]).logits
 
 
 def snapshot(model):
@@ -15,38 +18,40 @@ def snapshot(model):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("folder", ["gpt2_folder", "llama_folder"])
+@EVERY_KIND
 def test_a_saved_policy_is_the_policy_for_any_transformers_user(tmp_path, folder, lora, request):
     model, tokenizer = (
         make_actor(request.getfixturevalue(folder), lora).lm.model,
         load_tokenizer(request.getfixturevalue(folder)),
     )
-    before, expected = snapshot(model), model(input_ids=TOKENS).logits
+    before, expected = snapshot(model), logits_of(model)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    save_causal(model, tokenizer, tmp_path / "deep" / "folder")
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "deep" / "folder")
+    save_model(model, tokenizer, tmp_path / "deep" / "folder")
+    plain_class = AutoModelForCausalLM if folder in CAUSAL else AutoModelForSeq2SeqLM
+    plain = plain_class.from_pretrained(tmp_path / "deep" / "folder")
     assert not (tmp_path / "deep" / "folder" / "adapter_config.json").exists()
-    torch.testing.assert_close(plain(input_ids=TOKENS).logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits_of(plain), expected, atol=1e-5, rtol=1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path / "deep" / "folder").get_vocab() == tokenizer.get_vocab()
     after = snapshot(model)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable
-    assert torch.equal(model(input_ids=TOKENS).logits, expected)
+    assert torch.equal(logits_of(model), expected)
     assert load_policy(str(tmp_path / "deep" / "folder")).unmerged_adapter is False
 
 
-def test_an_adapter_alone(tmp_path, llama_folder):
-    model = make_actor(llama_folder, lora=True).lm.model
-    save_causal(model, load_tokenizer(llama_folder), tmp_path, adapter="adapter")
+@EVERY_KIND
+def test_an_adapter_alone(tmp_path, folder, request):
+    model = make_actor(request.getfixturevalue(folder), lora=True).lm.model
+    save_model(model, load_tokenizer(request.getfixturevalue(folder)), tmp_path, adapter="adapter")
     size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     adapter = sum(parameter.numel() * 4 for name, parameter in model.named_parameters() if "lora_" in name)
-    assert adapter <= size < adapter + 4000
+    assert adapter <= size < adapter + 8000
     loaded = load_policy(str(tmp_path)).model
-    torch.testing.assert_close(loaded(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
+    torch.testing.assert_close(logits_of(loaded), logits_of(model))
 
 
 def test_another_kind_is_refused_before_anything_is_written(tmp_path, gpt2_folder):
     loaded = load_policy(gpt2_folder)
     with pytest.raises(UserError, match="merged or adapter"):
-        save_causal(loaded.model, loaded.tokenizer, tmp_path / "new", adapter="both")
+        save_model(loaded.model, loaded.tokenizer, tmp_path / "new", adapter="both")
     assert not (tmp_path / "new").exists()

@@ -1,0 +1,31 @@
+"""One auto class for causal models and encoder-decoders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
+
+
+class AutoLanguageModel:
+    """Transformers' auto class for language models of both kinds: the config says which one a model is."""
+
+    @classmethod
+    def from_pretrained(cls, path: str, **options: Any) -> PreTrainedModel:
+        """The model at a path."""
+        where = ("gguf_file", "local_files_only", "trust_remote_code")
+        config = AutoConfig.from_pretrained(path, **{name: options[name] for name in where if name in options})
+        model = cls._kind(config).from_pretrained(path, **options)
+        for module in model.modules():
+            if "Sinusoidal" in type(module).__name__:  # loading makes a parameter to be trained of these constants
+                module.requires_grad_(False)
+        return model
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+        """Random weights in the shape of a config."""
+        return cls._kind(config).from_config(config, **options)
+
+    @staticmethod
+    def _kind(config: PreTrainedConfig) -> type:
+        return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM

@@ -1,0 +1,193 @@
+"""An encoder-decoder seen from its responses: the encoder reads the prompt, the decoder writes the response."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+
+from elastic_lightning.errors import UserError
+from elastic_lightning.functional import TokenStatistics
+from elastic_lightning.policies.batches import Prompts, Responses, right_padded
+from elastic_lightning.policies.cache import PreallocatedLayer
+from elastic_lightning.policies.language_model import PolicyLM
+from elastic_lightning.policies.layers import checkpointed
+from elastic_lightning.policies.text import Texts, decode_apart, encode_sources
+
+
+class EncoderDecoder(nn.Module):
+    """The two transformers of a model, without its output layer."""
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+
+    def read(self, source: Tensor, mask: Tensor) -> Tensor:
+        """Hidden states [B, P, H] of sources [B, P] padded at the end; what stands at padding is not read."""
+        return self.encoder(input_ids=source.masked_fill(~mask, 0), attention_mask=mask.long()).last_hidden_state
+
+    def write(self, tokens: Tensor, source: Tensor, mask: Tensor, cache: EncoderDecoderCache | None = None) -> Tensor:
+        """Hidden states [B, L, H] after each of the tokens [B, L], given those of the source [B, P, H]."""
+        output = self.decoder(
+            input_ids=tokens,
+            encoder_hidden_states=source,
+            encoder_attention_mask=mask.long(),
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return output.last_hidden_state
+
+
+@dataclass
+class Decoding:
+    """A decode in flight: what the encoder made of the prompts [B, P, H], their mask [B, P], and the decoder's cache.
+
+    The cache holds the keys and values of the source too, computed once.
+    """
+
+    source: Tensor
+    mask: Tensor
+    cache: EncoderDecoderCache
+
+
+class Seq2SeqLM(PolicyLM):
+    """A Hugging Face encoder-decoder (Marian, BART, T5, ...) as a policy, see `PolicyLM`: a response answers a prompt.
+
+    The decoder begins with `decoder_start_token`, which is no part of the response. Encoders number positions from the
+    first column, so prompts are read with their padding at the end: left padding changes nothing. Responses are drawn
+    from the model's own distribution: what a generation config forces or forbids beyond that does not apply.
+
+    Args:
+        model: in eval mode, dropout switched off.
+        gradient_checkpointing: recompute activations in the backward pass: one more forward pass of the layers.
+
+    Raises:
+        UserError: the model changes its logits after the output layer in a way of its own, has no token to start its
+            decoder with, or decodes step by step to something else than all at once.
+    """
+
+    separator = "\t"
+
+    def __init__(self, model: nn.Module, gradient_checkpointing: bool = False) -> None:
+        super().__init__(model, gradient_checkpointing)
+        self.start_token = decoder_start_token(self._plain)
+        self._check_cache()
+
+    @property
+    def backbone(self) -> EncoderDecoder:
+        return EncoderDecoder(self._plain.get_encoder(), self._plain.get_decoder())
+
+    @staticmethod
+    def forward_hidden(backbone: EncoderDecoder, source: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
+        """Last hidden states [B, T, H] of the decoder's tokens [B, T] after sources [B, P] padded at the end."""
+        return backbone.write(tokens, backbone.read(source, mask), mask)
+
+    # Responses as a whole ---------------------------------------------------------------------------------------
+
+    def response_hidden(
+        self,
+        prompts: Prompts,
+        responses: Responses,
+        backbone: EncoderDecoder | None = None,
+        trunk: Tensor | None = None,
+    ) -> Tensor:
+        backbone = self.backbone if backbone is None else backbone
+        train = torch.is_grad_enabled()
+        written = responses.tokens.masked_fill(~responses.mask, 0)  # what stands at padding is not read
+        tokens = torch.cat([self._start_tokens(prompts), written[:, :-1]], dim=1)
+        with ExitStack() as contexts:
+            if self.gradient_checkpointing and train:
+                for transformer in (backbone.encoder, backbone.decoder):
+                    contexts.enter_context(checkpointed(_layers(transformer)))
+            return (self._hidden if train else self.forward_hidden)(backbone, *right_padded(prompts), tokens)
+
+    def next_token_statistics(self, tokens: Tensor) -> TokenStatistics:
+        """An encoder-decoder has no probability for text without a source: always a `UserError`."""
+        raise UserError(
+            "an encoder-decoder's perplexity is measured on pairs of texts: validate on PairedTexts, not on tokens"
+        )
+
+    # Decoding ---------------------------------------------------------------------------------------------------
+
+    def start(self, prompts: Prompts, new_tokens: int) -> tuple[Decoding, Tensor]:
+        source, mask = right_padded(prompts)
+        layers = [PreallocatedLayer(1 + new_tokens) for _ in _layers(self.backbone.decoder)]
+        cache = EncoderDecoderCache(Cache(layers=layers), DynamicCache())
+        state = Decoding(self.backbone.read(source, mask), mask, cache)
+        return state, self._append(state, self._start_tokens(prompts))
+
+    def step(self, state: Decoding, tokens: Tensor) -> Tensor:
+        return self._append(state, tokens[:, None])
+
+    def takes_static_masks(self, columns: int) -> bool:
+        return False  # a decoder counts its positions by the length of its cache, which a captured step cannot move
+
+    def _append(self, state: Decoding, tokens: Tensor) -> Tensor:
+        return self.backbone.write(tokens, state.source, state.mask, state.cache)[:, -1]
+
+    def _start_tokens(self, prompts: Prompts) -> Tensor:
+        return torch.full_like(prompts.tokens[:, :1], self.start_token)
+
+    # Texts ------------------------------------------------------------------------------------------------------
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Prompts:
+        return encode_sources(tokenizer, texts)
+
+    def decode(self, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, responses: Responses) -> Texts:
+        return decode_apart(tokenizer, prompts, responses)
+
+    def check_context(self, prompt_tokens: int, new_tokens: int) -> None:
+        context = self.longest_text
+        advice = {
+            f"prompts of {prompt_tokens} tokens": (prompt_tokens, "shorten the prompts (data's max_prompt_tokens)"),
+            f"responses of {new_tokens} tokens": (new_tokens, "lower max_new_tokens"),
+        }
+        for what, (length, how) in advice.items():
+            if context is not None and length > context:
+                raise UserError(f"{what} do not fit the model, whose context is {context} for each of the two: {how}")
+
+    # Checks -----------------------------------------------------------------------------------------------------
+
+    def _two_tokens(self) -> tuple[Tensor, Tensor]:
+        tokens = torch.tensor([[0, 1]], device=next(self.model.parameters()).device)
+        hidden = self.forward_hidden(self.backbone, tokens, torch.ones_like(tokens, dtype=torch.bool), tokens)
+        return hidden, self._plain(input_ids=tokens, decoder_input_ids=tokens, use_cache=False).logits
+
+    @torch.no_grad()
+    def _check_cache(self) -> None:
+        """Tokens written one by one, a pad token among them, have the hidden states that they have all at once."""
+        written = [self.config.pad_token_id or 0, 1, 0]
+        tokens = torch.tensor([written], device=next(self.model.parameters()).device)
+        prompts = Prompts(tokens, torch.ones_like(tokens, dtype=torch.bool))
+        whole = self.response_hidden(prompts, Responses(*prompts))
+        state, first = self.start(prompts, new_tokens=2)
+        one_by_one = torch.stack([first, *(self.step(state, tokens[:, column]) for column in range(2))], dim=1)
+        tolerance = 1e-3 if whole.dtype == torch.float32 else 5e-2
+        if not (one_by_one - whole).norm() <= tolerance * whole.norm():
+            raise UserError(
+                f"{type(self._plain).__name__} reads a response token by token otherwise than as a whole (no cache of "
+                "keys and values, or positions that skip pad tokens): such an architecture is not supported"
+            )
+
+
+def decoder_start_token(model: nn.Module) -> int:
+    """The token that the decoder reads before the first of a response.
+
+    Raises:
+        UserError: neither the model's config nor its generation config names it.
+    """
+    configs = (model.config, getattr(model, "generation_config", None))
+    tokens = [getattr(config, "decoder_start_token_id", None) for config in configs]
+    known = [token for token in tokens if token is not None]
+    if not known:
+        raise UserError(f"the config of {type(model).__name__} has no decoder_start_token_id: decoding could not begin")
+    return known[0]
+
+
+def _layers(transformer: nn.Module) -> nn.ModuleList:
+    """The layers of an encoder or a decoder."""
+    return next(child for child in transformer.children() if isinstance(child, nn.ModuleList))
