@@ -1,4 +1,4 @@
-"""A world small enough to check by hand: a word-level tokenizer, GPT-2 of width 16, a reward that counts a word."""
+"""A world small enough to check by hand: a word-level tokenizer, models of width 16, a reward that counts a word."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.utils.data import DataLoader
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from elastic_lightning.algorithms import PPO, PPOConfig
 from elastic_lightning.policies import LoRA, ModelSource, Prompts, Sampling
@@ -45,11 +52,12 @@ class Toy:
 
     eos, pad, reward_class = EOS, PAD, WordShare
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = str(folder)
+    def __init__(self, folder: Path, auto_class: type = AutoModelForCausalLM, targets: list[str] | None = None) -> None:
+        self.folder, self.auto_class, self.targets = str(folder), auto_class, targets
 
     def source(self, lora: bool = False, **options) -> ModelSource:
-        return ModelSource(self.folder, lora=LoRA(rank=4, alpha=8.0) if lora else None, **options)
+        adapter = LoRA(rank=4, alpha=8.0, targets=self.targets) if lora else None
+        return ModelSource(self.folder, lora=adapter, **options)
 
     def ppo(self, *, lora=False, reward=None, sampling=None, seed=0, head_noise=0.3, **options) -> Recording:
         """A PPO module; `options` are those of `PPOConfig`, `PPO` takes the rest. The value head is not left at 0."""
@@ -106,8 +114,8 @@ class Toy:
         trainer.fit(module, self.loader(batches if batches is not None else [self.prompts()]))
         return trainer
 
-    def plain_model(self) -> GPT2LMHeadModel:
-        return GPT2LMHeadModel.from_pretrained(self.folder).eval()
+    def plain_model(self) -> PreTrainedModel:
+        return self.auto_class.from_pretrained(self.folder).eval()
 
 
 def events(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
@@ -129,17 +137,22 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="session")
-def toy(tmp_path_factory) -> Toy:
-    folder = tmp_path_factory.mktemp("policy")
+def save_tokenizer(folder: Path) -> int:
+    """The tokenizer of WORDS; returns its size."""
     vocabulary = {word: index for index, word in enumerate([*WORDS, "<unk>", "<eos>", "<pad>"])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>"
     ).save_pretrained(folder)
+    return len(vocabulary)
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory) -> Toy:
+    folder = tmp_path_factory.mktemp("policy")
     config = GPT2Config(
-        vocab_size=len(vocabulary),
+        vocab_size=save_tokenizer(folder),
         n_positions=32,
         n_embd=16,
         n_layer=2,
@@ -163,6 +176,26 @@ def toy(tmp_path_factory) -> Toy:
         model.transformer.wte.weight[EOS] += 0.2
     model.save_pretrained(folder)
     return Toy(folder)
+
+
+@pytest.fixture(scope="session")
+def encoder_decoder_toys(tmp_path_factory, encoder_decoder) -> dict[str, Toy]:
+    toys = {}
+    for kind, targets in (("marian", ["q_proj", "v_proj"]), ("bart", None), ("t5", None)):
+        folder = tmp_path_factory.mktemp(kind)
+        encoder_decoder(kind, save_tokenizer(folder), PAD, EOS).save_pretrained(folder)
+        toys[kind] = Toy(folder, AutoModelForSeq2SeqLM, targets)
+    return toys
+
+
+@pytest.fixture(params=["marian", "bart", "t5"])
+def seq2seq_toy(request, encoder_decoder_toys) -> Toy:
+    return encoder_decoder_toys[request.param]
+
+
+@pytest.fixture(params=["gpt2", "marian", "bart", "t5"])
+def any_toy(request, toy, encoder_decoder_toys) -> Toy:
+    return {"gpt2": toy, **encoder_decoder_toys}[request.param]
 
 
 @pytest.fixture

@@ -19,23 +19,23 @@ import torch
         pytest.param({"sampling": {"max_new_tokens": 1}}, {}, id="one token"),
     ],
 )
-def test_first_ratio_is_one(toy, tmp_path, module, batch):
-    model = toy.ppo(**module)
-    toy.perturb(model)
-    trainer = toy.fit(model, tmp_path, [toy.prompts(rows=8, **batch)])
+def test_first_ratio_is_one(any_toy, tmp_path, module, batch):
+    model = any_toy.ppo(**module)
+    any_toy.perturb(model)
+    trainer = any_toy.fit(model, tmp_path, [any_toy.prompts(rows=8, **batch)])
     assert trainer.callback_metrics["train/first_ratio_deviation"] < 1e-5
     assert trainer.callback_metrics["train/first_ratio"] == pytest.approx(1, abs=1e-5)
 
 
-def test_the_case_holds_early_ends_and_padding(toy, tmp_path):
-    model = toy.ppo()
-    toy.fit(model, tmp_path, [toy.prompts(rows=8)])
+def test_the_case_holds_early_ends_and_padding(any_toy, tmp_path):
+    model = any_toy.ppo()
+    any_toy.fit(model, tmp_path, [any_toy.prompts(rows=8)])
     (batch,) = model.seen
     lengths = batch.rollout.mask.sum(1)
     assert lengths.min() < lengths.max() and not batch.prompts.mask.all()
     ended_early = lengths < 6
-    assert (batch.rollout.tokens[ended_early, lengths[ended_early] - 1] == toy.eos).all()
-    assert (batch.rollout.tokens[~batch.rollout.mask] == toy.pad).all()
+    assert (batch.rollout.tokens[ended_early, lengths[ended_early] - 1] == any_toy.eos).all()
+    assert (batch.rollout.tokens[~batch.rollout.mask] == any_toy.pad).all()
 
 
 def test_dropout_in_the_update_alone_would_be_seen(toy, tmp_path):

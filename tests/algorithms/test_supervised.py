@@ -55,6 +55,11 @@ def test_bad_options_are_refused(options):
         AdamWConfig(**options)
 
 
+def test_an_encoder_decoder_is_no_language_model(t5_folder):
+    with pytest.raises(UserError, match="T5ForConditionalGeneration is an encoder-decoder: see TranslationModel"):
+        LanguageModel(ModelSource(t5_folder))
+
+
 def test_the_loss_is_hugging_faces(toy):
     module = LanguageModel(ModelSource(toy.folder))
     assert module.model.training  # supervised training keeps its dropout

@@ -1,8 +1,16 @@
 import pytest
 import torch
-from policy_cases import ROWS, left_padded, make_actor, plain_logprobs, plain_values
+from policy_cases import EVERY_KIND, ROWS, left_padded, make_actor, plain_logits, plain_logprobs, plain_values
 
-from elastic_lightning.policies import ActorCritic, CausalLM, Responses, Sampling, counter_uniforms, load_policy, sample
+from elastic_lightning.policies import (
+    ActorCritic,
+    Responses,
+    Sampling,
+    as_policy,
+    counter_uniforms,
+    load_policy,
+    sample,
+)
 
 EOS = 1
 
@@ -15,7 +23,7 @@ def rollout_of(actor, prompts, temperature=1.0, length=12, pad=0):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("separate", [False, True], ids=["shared", "trunk"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("folder", ["gpt2_folder", "llama_folder"])
+@EVERY_KIND
 def test_sampling_a_full_forward_and_plain_transformers_agree(folder, lora, separate, temperature, request):
     actor = make_actor(request.getfixturevalue(folder), lora, separate)
     rows = ROWS * 4
@@ -35,15 +43,16 @@ def test_sampling_a_full_forward_and_plain_transformers_agree(folder, lora, sepa
         torch.testing.assert_close(rollout.values[i, : lengths[i]], values, atol=1e-5, rtol=1e-5)
 
 
-def test_an_active_adapter_changes_the_log_probabilities(gpt2_folder):
-    actor, prompts = make_actor(gpt2_folder, lora=True), left_padded(ROWS)
+@EVERY_KIND
+def test_an_active_adapter_changes_the_log_probabilities(folder, request):
+    actor, prompts = make_actor(request.getfixturevalue(folder), lora=True), left_padded(ROWS)
     rollout = rollout_of(actor, prompts)
     with actor.lm.adapter_off():
         without = actor.evaluate(prompts, rollout.responses).logprobs
     assert (without - rollout.logprobs)[rollout.mask].abs().mean() > 0.05
 
 
-@pytest.mark.parametrize("folder", ["gpt2_folder", "llama_folder"])
+@EVERY_KIND
 def test_left_padding_changes_nothing(folder, request):
     actor = make_actor(request.getfixturevalue(folder))
     near, far = left_padded(ROWS), left_padded(ROWS, extra=9)
@@ -56,7 +65,7 @@ def test_left_padding_changes_nothing(folder, request):
         torch.testing.assert_close(ours[rollout.mask], theirs[rollout.mask], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("folder", ["gpt2_folder", "llama_folder"])
+@EVERY_KIND
 def test_a_pad_token_outside_the_vocabulary_changes_nothing(folder, request):
     actor = make_actor(request.getfixturevalue(folder), separate_value_trunk=True)
     outside = actor.lm.config.vocab_size + 5
@@ -70,8 +79,9 @@ def test_a_pad_token_outside_the_vocabulary_changes_nothing(folder, request):
     torch.testing.assert_close(evaluation.logprobs[other.mask], rollout.logprobs[other.mask], atol=1e-5, rtol=0)
 
 
-def test_what_stands_after_the_end_does_not_matter(llama_folder):
-    actor, prompts = make_actor(llama_folder), left_padded([[5, 6], [7]])
+@EVERY_KIND
+def test_what_stands_after_the_end_does_not_matter(folder, request):
+    actor, prompts = make_actor(request.getfixturevalue(folder)), left_padded([[5, 6], [7]])
     mask = torch.tensor([[True, True, True, True], [True, True, False, False]])
     tokens = torch.tensor([[3, 4, 5, 6], [8, 1, 9, 9]])
     other = torch.tensor([[3, 4, 5, 6], [8, 1, 2, 28]])
@@ -80,27 +90,30 @@ def test_what_stands_after_the_end_does_not_matter(llama_folder):
         assert torch.equal(ours[mask], theirs[mask])
 
 
-def test_entropy_is_that_of_the_scaled_distribution(gpt2_folder):
-    actor = make_actor(gpt2_folder)
+@EVERY_KIND
+def test_entropy_is_that_of_the_scaled_distribution(folder, request):
+    actor = make_actor(request.getfixturevalue(folder))
     prompt, response = [5, 9], [4, 8, 3]
     responses = Responses(torch.tensor([response]), torch.ones(1, 3, dtype=torch.bool))
     entropy = actor.evaluate(left_padded([prompt]), responses, temperature=0.7).entropy[0]
-    logits = actor.lm.model(input_ids=torch.tensor([prompt + response])).logits[0, 1:-1]
+    logits = plain_logits(actor.lm.model, prompt, response)
     for t in range(3):
         probabilities = (logits[t].double() / 0.7).softmax(-1)
         assert entropy[t].item() == pytest.approx(-sum(p * p.log() for p in probabilities).item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("separate", [False, True])
-def test_values_start_at_zero(gpt2_folder, separate):
-    actor = ActorCritic(CausalLM(load_policy(gpt2_folder).model), separate)
+@EVERY_KIND
+def test_values_start_at_zero(folder, separate, request):
+    actor = ActorCritic(as_policy(load_policy(request.getfixturevalue(folder)).model), separate)
     assert not any(parameter.any() for parameter in actor.value_head.parameters())
     rollout = rollout_of(actor, left_padded(ROWS))
     assert torch.equal(rollout.values, torch.zeros_like(rollout.values))
 
 
-def test_a_value_trunk_shares_nothing_with_the_policy(gpt2_folder):
-    actor = make_actor(gpt2_folder, separate_value_trunk=True)
+@EVERY_KIND
+def test_a_value_trunk_shares_nothing_with_the_policy(folder, request):
+    actor = make_actor(request.getfixturevalue(folder), separate_value_trunk=True)
     prompts = left_padded(ROWS)
     rollout = rollout_of(actor, prompts)
     actor.evaluate(prompts, rollout.responses).values.sum().backward()
@@ -108,8 +121,9 @@ def test_a_value_trunk_shares_nothing_with_the_policy(gpt2_folder):
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in actor.value_trunk.parameters())
 
 
-def test_bfloat16_gives_float32_statistics(llama_folder):
-    actor = ActorCritic(CausalLM(load_policy(llama_folder, dtype="bfloat16").model)).eval()
+@EVERY_KIND
+def test_bfloat16_gives_float32_statistics(folder, request):
+    actor = ActorCritic(as_policy(load_policy(request.getfixturevalue(folder), dtype="bfloat16").model)).eval()
     prompts = left_padded(ROWS)
     rollout = rollout_of(actor, prompts)
     evaluation = actor.evaluate(prompts, rollout.responses)

@@ -3,7 +3,18 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
-from elastic_lightning.policies import Prompts, Responses, decode_texts, ended, load_tokenizer
+from elastic_lightning.policies import (
+    Prompts,
+    Responses,
+    as_policy,
+    decode_texts,
+    encode_sources,
+    encode_targets,
+    ended,
+    load_policy,
+    load_tokenizer,
+)
+from elastic_lightning.policies.text import decode_apart, encode_prompts
 
 
 def batch(rows, side, pad):
@@ -91,6 +102,45 @@ def test_a_tokenizer_that_joins_words_when_it_decodes():
         for cut in range(1, len(tokens)):
             texts = decode(tokenizer, [tokens[:cut]], [tokens[cut:]])
             assert texts.prompts[0] + texts.responses[0] == whole
+
+
+def test_a_response_of_its_own_is_decoded_alone(tokenizer_folder, byte_tokenizer):
+    tokenizer = load_tokenizer(tokenizer_folder)
+    prompts, responses = batch([[5, 6, 1], [7, 1]], "left", 0), batch([[8, 9, 1], [10, 0, 11]], "right", 0)
+    texts = decode_apart(tokenizer, Prompts(*prompts), Responses(*responses))
+    assert texts == (["w5 w6", "w7"], ["w8 w9", "w10 w11"], [True, False])
+    prompts, responses = (batch([byte_tokenizer.encode(text)], "left", 0) for text in ("é", "naïve"))
+    assert decode_apart(byte_tokenizer, Prompts(*prompts), Responses(*responses)).responses == ["naïve"]
+
+
+@pytest.mark.parametrize(("folder", "prompt", "response"), [("gpt2_folder", "w5", " w6"), ("t5_folder", "w5", "w6")])
+def test_a_policy_decodes_as_it_writes(folder, prompt, response, request):
+    loaded = load_policy(request.getfixturevalue(folder))
+    lm = as_policy(loaded.model)
+    prompts = lm.encode(loaded.tokenizer, [prompt])
+    texts = lm.decode(loaded.tokenizer, prompts, Responses(torch.tensor([[6, 1]]), torch.ones(1, 2).bool()))
+    assert texts == ([prompt], [response], [True])
+    assert prompts.tokens.tolist() == ([[5]] if folder == "gpt2_folder" else [[5, 1]])
+
+
+def test_prompts_that_are_continued_have_no_end(tokenizer_folder):
+    tokens, mask = encode_prompts(load_tokenizer(tokenizer_folder), ["w5 w6 w7", "w8"])
+    assert tokens.tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert mask.tolist() == [[True] * 3, [False, False, True]]
+
+
+def test_sources_and_targets_end(tokenizer_folder):
+    tokenizer, texts = load_tokenizer(tokenizer_folder), ["w5 w6 w7", "w8", ""]
+    tokens, mask = encode_sources(tokenizer, texts)
+    assert tokens.tolist() == [[5, 6, 7, 1], [0, 0, 8, 1], [0, 0, 0, 1]]
+    assert mask.tolist() == [[True] * 4, [False, False, True, True], [False, False, False, True]]
+    tokens, mask = encode_targets(tokenizer, texts)
+    assert tokens.tolist() == [[5, 6, 7, 1], [8, 1, 0, 0], [1, 0, 0, 0]]
+    assert mask.tolist() == [[True] * 4, [True, True, False, False], [True, False, False, False]]
+    for encode in (encode_sources, encode_targets):
+        assert encode(tokenizer, texts, longest=3).tokens[0].tolist() == [5, 6, 1]
+    tokenizer.eos_token = None
+    assert encode_targets(tokenizer, texts[:2], longest=2).tokens.tolist() == [[5, 6], [8, 0]]
 
 
 def test_ended_reads_valid_tokens_only():

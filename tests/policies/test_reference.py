@@ -1,9 +1,17 @@
 import pytest
 import torch
-from policy_cases import ROWS, left_padded, make_actor
+from policy_cases import EVERY_KIND, ROWS, left_padded, make_actor
 
 from elastic_lightning.errors import UserError
-from elastic_lightning.policies import AdapterOff, CausalLM, FrozenCopy, Responses, load_policy, make_reference
+from elastic_lightning.policies import (
+    AdapterOff,
+    CausalLM,
+    FrozenCopy,
+    Responses,
+    as_policy,
+    load_policy,
+    make_reference,
+)
 
 TOKENS = torch.tensor([[3, 4, 5], [6, 1, 0], [9, 9, 2], [28, 1, 0]])
 RESPONSES = Responses(TOKENS, torch.tensor([[True] * 3, [True, True, False], [True] * 3, [True, True, False]]))
@@ -19,8 +27,10 @@ def train(lm):
                 parameter -= 0.1 * parameter.grad
 
 
-def test_a_frozen_copy_stays_while_the_policy_moves(gpt2_folder):
-    lm = CausalLM(load_policy(gpt2_folder).model)
+@EVERY_KIND
+def test_a_frozen_copy_stays_while_the_policy_moves(folder, request):
+    lm = as_policy(load_policy(request.getfixturevalue(folder)).model)
+    trained = [parameter for parameter in lm.parameters() if parameter.requires_grad]
     reference = make_reference(lm)
     assert isinstance(reference, FrozenCopy)
     before = reference.response_logits(left_padded(ROWS), RESPONSES)
@@ -31,13 +41,14 @@ def test_a_frozen_copy_stays_while_the_policy_moves(gpt2_folder):
     assert (lm.response_logits(left_padded(ROWS), RESPONSES) - before).abs().max() > 0.01
     assert all(torch.equal(weight, weights[name]) for name, weight in reference.weights().items())
     assert not any(parameter.requires_grad for parameter in reference.parameters())
-    assert all(parameter.requires_grad for parameter in lm.parameters())
+    assert trained and all(parameter.requires_grad for parameter in trained)
     assert not before.requires_grad
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_the_copy_names_its_weights_as_the_policy_does(gpt2_folder, lora):
-    lm = make_actor(gpt2_folder, lora).lm
+@EVERY_KIND
+def test_the_copy_names_its_weights_as_the_policy_does(folder, lora, request):
+    lm = make_actor(request.getfixturevalue(folder), lora).lm
     weights = FrozenCopy(lm).weights()
     assert list(weights) == [name for name, _ in lm.named_parameters()]
     for name, parameter in lm.named_parameters():
@@ -46,12 +57,12 @@ def test_the_copy_names_its_weights_as_the_policy_does(gpt2_folder, lora):
         assert shared != parameter.requires_grad, "what is trained is copied, the rest is not"
 
 
-@pytest.mark.parametrize("folder", ["gpt2_folder", "llama_folder"])
+@EVERY_KIND
 def test_adapter_off_is_the_base_model(folder, request):
     lm = make_actor(request.getfixturevalue(folder), lora=True).lm
     reference = make_reference(lm)
     assert isinstance(reference, AdapterOff)
-    base = CausalLM(load_policy(request.getfixturevalue(folder)).model)
+    base = as_policy(load_policy(request.getfixturevalue(folder)).model)
     expected = base.response_logits(left_padded(ROWS), RESPONSES)
     online = lm.response_logits(left_padded(ROWS), RESPONSES)
     logits = reference.response_logits(left_padded(ROWS), RESPONSES)
@@ -62,8 +73,9 @@ def test_adapter_off_is_the_base_model(folder, request):
     torch.testing.assert_close(reference.response_logits(left_padded(ROWS), RESPONSES), expected)
 
 
-def test_adapter_off_leaves_trainability_as_it_was(gpt2_folder):
-    lm = make_actor(gpt2_folder, lora=True).lm
+@EVERY_KIND
+def test_adapter_off_leaves_trainability_as_it_was(folder, request):
+    lm = make_actor(request.getfixturevalue(folder), lora=True).lm
     before = {name: parameter.requires_grad for name, parameter in lm.named_parameters()}
     make_reference(lm).response_logits(left_padded(ROWS), RESPONSES)
     assert {name: parameter.requires_grad for name, parameter in lm.named_parameters()} == before
@@ -74,8 +86,9 @@ def test_adapter_off_needs_an_adapter(gpt2_folder):
         make_reference(CausalLM(load_policy(gpt2_folder).model), "adapter_off")
 
 
-def test_a_frozen_copy_of_a_lora_policy_keeps_the_adapter_it_had(gpt2_folder):
-    lm = make_actor(gpt2_folder, lora=True).lm
+@EVERY_KIND
+def test_a_frozen_copy_of_a_lora_policy_keeps_the_adapter_it_had(folder, request):
+    lm = make_actor(request.getfixturevalue(folder), lora=True).lm
     reference = make_reference(lm, "frozen_copy")
     before = reference.response_logits(left_padded(ROWS), RESPONSES)
     torch.testing.assert_close(before, lm.response_logits(left_padded(ROWS), RESPONSES))

@@ -1,0 +1,52 @@
+"""Sampling from a folder, of either kind of model."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from elastic_lightning.errors import UserError
+from elastic_lightning.evaluation.generate import generate, load, main
+from elastic_lightning.policies import Sampling
+
+GREEDY = Sampling(max_new_tokens=6, top_k=1)
+
+
+def text(tokens):
+    return " ".join(f"w{token}" for token in tokens if token > 2)
+
+
+@pytest.mark.parametrize("folder", ["marian_folder", "bart_folder", "t5_folder"])
+def test_an_encoder_decoder_reads_a_prompt_with_its_end(folder, request):
+    folder = request.getfixturevalue(folder)
+    rows = generate(*load(folder), ["w5 w9 w20", "w7", "w3 w4"], GREEDY, batch_size=2)
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder)
+    for row, prompt in zip(rows, [[5, 9, 20], [7], [3, 4]], strict=True):
+        options = {"num_beams": 1, "do_sample": False, "use_cache": False, "max_new_tokens": 6}
+        generated = model.generate(torch.tensor([[*prompt, 1]]), **options)[0, 1:].tolist()
+        assert row == {"prompt": text(prompt), "response": text(generated), "complete": 1 in generated}
+
+
+def test_a_causal_model_continues_its_prompt(gpt2_folder):
+    rows = generate(*load(gpt2_folder), ["w5 w9 w20", "w7"], GREEDY)
+    model = AutoModelForCausalLM.from_pretrained(gpt2_folder)
+    for row, prompt in zip(rows, [[5, 9, 20], [7]], strict=True):
+        generated = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=6)[0].tolist()
+        assert row["prompt"] + row["response"] == text(generated)
+
+
+def test_what_is_printed(t5_folder, gpt2_folder, capsys):
+    flags = ["--prompt=w5 w9", "--max_new_tokens=3", "--min_new_tokens=3"]
+    assert main([f"--model={t5_folder}", *flags]) == 0
+    prompt, response = capsys.readouterr().out.rstrip("\n").split("\t")
+    assert prompt == "w5 w9" and set(response.split()) <= {f"w{number}" for number in range(3, 30)}
+    assert main([f"--model={gpt2_folder}", *flags]) == 0
+    assert capsys.readouterr().out.startswith("w5 w9 w")
+
+
+def test_prompts_that_cannot_be_read_are_refused(gpt2_folder, marian_folder):
+    with pytest.raises(UserError, match="'' has no tokens"):
+        generate(*load(gpt2_folder), ["w5", ""], GREEDY)
+    with pytest.raises(UserError, match="context is 64"):
+        generate(*load(gpt2_folder), ["w5 " * 60], GREEDY)
+    with pytest.raises(UserError, match="context is 40"):
+        generate(*load(marian_folder), ["w5 " * 40], GREEDY)
