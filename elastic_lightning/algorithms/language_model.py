@@ -27,6 +27,8 @@ class LanguageModel(SupervisedModule):
         policy, optimizer = from_plain(ModelSource, policy), from_plain(AdamWConfig, optimizer)
         self.save_plain_hyperparameters()
         loaded = load_source(policy)
+        if loaded.model.config.is_encoder_decoder:
+            raise UserError(f"{type(loaded.model).__name__} is an encoder-decoder: see TranslationModel")
         self.model, self.tokenizer = loaded.model.train(), loaded.tokenizer
         self.optimizer_config = optimizer
         self.perplexity = TokenPerplexity()

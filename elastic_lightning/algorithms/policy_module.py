@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from elastic_lightning.algorithms.policy_metrics import PolicyMetrics
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import (
     ActorCritic,
-    CausalLM,
     GraphSampler,
     ModelSource,
+    PolicyLM,
     Prompts,
     Responses,
     Rollout,
@@ -31,14 +32,14 @@ from elastic_lightning.policies import (
     Sampling,
     Texts,
     counter_uniforms,
-    decode_texts,
+    greedy,
     load_source,
     make_reference,
     sample,
 )
-from elastic_lightning.policies.loading import context_length, disable_dropout
+from elastic_lightning.policies.loading import as_policy, disable_dropout
 from elastic_lightning.policies.reference import ReferenceKind
-from elastic_lightning.policies.saving import save_causal
+from elastic_lightning.policies.saving import save_model
 from elastic_lightning.rewards import Reward, Scores, score
 
 VALIDATION_LOGITS = 2**24  # of policy and initial policy each that stand in memory at a time
@@ -63,6 +64,8 @@ class PolicyModule(LightningModule):
         seed: of sampling; the run's ``seed_everything`` by default.
     """
 
+    trained_modules: tuple[str, ...] = ("actor",)  # what a checkpoint keeps the trained weights of
+
     def __init__(
         self,
         policy: ModelSource,
@@ -79,7 +82,7 @@ class PolicyModule(LightningModule):
         execution.check(policy, loaded.unmerged_adapter)
         disable_dropout(loaded.model)
         self.tokenizer = loaded.tokenizer
-        lm = CausalLM(loaded.model, execution.trainable_layers, execution.gradient_checkpointing)
+        lm = as_policy(loaded.model, execution.trainable_layers, execution.gradient_checkpointing)
         self.actor = ActorCritic(lm, separate_value_trunk).eval()
         self.reference = make_reference(self.actor.lm, reference, loaded.unmerged_adapter)
         self.initial = self.reference  # what drift is measured against
@@ -106,22 +109,22 @@ class PolicyModule(LightningModule):
 
     def shadowed_parameters(self) -> dict[str, Tensor]:
         """The weights that Elastic Reset averages and resets: the policy's trainable ones, not the value function's."""
-        return {name: parameter for name, parameter in self.actor.lm.named_parameters() if parameter.requires_grad}
+        return _trained(self.actor.lm)
 
     def reference_weights(self) -> dict[str, Tensor] | None:
         """The reference's weights by the names of `shadowed_parameters`, where it is a copy: theta_0, until moved."""
         weights = getattr(self.reference, "weights", lambda: None)()
-        return None if weights is None else {name: weights[name] for name in self.shadowed_parameters()}
+        return None if weights is None else {name: weights[name] for name in _trained(self.actor.lm)}
 
     def save_pretrained(self, folder: str | Path, adapter: str = "merged") -> None:
         """Write a folder that transformers loads: policy and tokenizer, and the value head in a file of its own."""
-        save_causal(self.actor.lm.model, self.tokenizer, folder, adapter)
+        save_model(self.actor.lm.model, self.tokenizer, folder, adapter)
         head = {name: tensor.detach().cpu().contiguous() for name, tensor in self.actor.value_head.state_dict().items()}
         save_file(head, Path(folder) / "value_head.safetensors")
 
     # Sampling and scoring ---------------------------------------------------------------------------------------
 
-    def sample(self, prompts: Prompts, step: int, first_row: int = 0, lm: CausalLM | None = None) -> Rollout:
+    def sample(self, prompts: Prompts, step: int, first_row: int = 0, lm: PolicyLM | None = None) -> Rollout:
         """One response a prompt, from `lm` (the policy by default); the draws are a function of (seed, step, global
         row, position)."""
         self.check_context(prompts.tokens.shape[1])
@@ -137,9 +140,13 @@ class PolicyModule(LightningModule):
             self._graph_samplers[id(lm)] = GraphSampler(self.actor, self.sampling, *ends, lm)
         return self._graph_samplers[id(lm)](prompts, uniforms)
 
-    def score(self, prompts: Prompts, responses: Responses) -> tuple[Texts, Scores]:
-        """Texts of a batch and their scores [B], on the module's device."""
-        texts = decode_texts(self.tokenizer, prompts, responses)
+    def prompts(self, batch: Any) -> Prompts:
+        """The prompts of a batch of the data module: the batch itself, where it holds nothing else."""
+        return batch
+
+    def score(self, batch: Any, responses: Responses) -> tuple[Texts, Scores]:
+        """Texts of a batch with its responses, and their scores [B], on the module's device."""
+        texts = self.actor.lm.decode(self.tokenizer, self.prompts(batch), responses)
         total, components = score(self.reward, texts.prompts, texts.responses)
         return texts, Scores(total.to(self.device), {name: part.to(self.device) for name, part in components.items()})
 
@@ -150,6 +157,17 @@ class PolicyModule(LightningModule):
         self.rollout_copy.refresh(self.actor.lm)
         with torch.autocast(self.device.type, enabled=False):
             return self.sample(prompts, step, first_row, self.rollout_copy.lm)
+
+    def imitation_targets(self, batch: Any) -> Responses:
+        """What the policy says to a batch, greedily: what a student will imitate."""
+        ends = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        return greedy(self.actor.lm, self.prompts(batch), self.sampling.max_new_tokens, *ends)
+
+    def imitation_losses(self, batch: Any, targets: Responses) -> Iterator[Tensor]:
+        """The loss of a student, nats per token: one optimizer step each."""
+        hidden = self.actor.lm.response_hidden(self.prompts(batch), targets)
+        total, _ = self.actor.lm.token_loss(hidden, targets, lambda logprobs, entropy, part: -logprobs.sum())
+        yield total / targets.mask.sum()
 
     def trunk_hidden(self, prompts: Prompts, responses: Responses) -> Tensor | None:
         """What leaves the frozen layers [B, P+T-1, H], where `execution.trainable_layers` froze some."""
@@ -204,15 +222,24 @@ class PolicyModule(LightningModule):
         if isinstance(batch, Tensor):
             self.policy_metrics.update_human(-self.actor.lm.next_token_statistics(batch).logprobs)
             return None
-        rollout = self.sample(batch, VALIDATION_STEP, self._first_row(batch))
+        prompts = self.prompts(batch)
+        rollout = self.sample(prompts, VALIDATION_STEP, self._first_row(prompts))
         texts, scores = self.score(batch, rollout.responses)
-        self.policy_metrics.update_samples(rollout.responses, texts, scores.total)
-        whole = rollout.mask.shape[1] * self.actor.lm.config.vocab_size  # logits a row
-        for prompts, responses, _ in self._chunks(batch, rollout.responses, size=max(1, VALIDATION_LOGITS // whole)):
-            logits = self.actor.lm.response_logits(prompts, responses)
-            initial = self.initial.response_logits(prompts, responses)
-            self.policy_metrics.update_logits(responses, logits, initial, self.sampling.temperature)
-        return _rows(texts, scores)
+        self.policy_metrics.update_samples(rollout.responses, texts.complete, scores.total)
+        self._measure_drift(prompts, rollout.responses)
+        return _rows(texts, scores, self.measure_texts(batch, texts))
+
+    def measure_texts(self, batch: Any, texts: Texts) -> dict[str, list[str]]:
+        """Measure B sampled texts; further columns of B texts for whoever looks at samples."""
+        self.policy_metrics.update_texts(texts)
+        return {}
+
+    def _measure_drift(self, prompts: Prompts, sampled: Responses) -> None:
+        """KL, entropy and fluency of sampled responses, in parts whose logits fit into memory."""
+        whole = sampled.mask.shape[1] * self.actor.lm.config.vocab_size  # logits a row
+        for *part, _ in self._chunks(prompts, sampled, size=max(1, VALIDATION_LOGITS // whole)):
+            logits, initial = self.actor.lm.response_logits(*part), self.initial.response_logits(*part)
+            self.policy_metrics.update_logits(part[1], logits, initial, self.sampling.temperature)
 
     def on_validation_epoch_end(self) -> None:
         values = {f"val/{name}": value for name, value in self.policy_metrics.compute_and_reset().items()}
@@ -235,7 +262,8 @@ class PolicyModule(LightningModule):
 
     def predict_step(self, batch: Prompts, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Prompt, response, reward and its components of each row, as plain values."""
-        rollout = self.sample(batch, VALIDATION_STEP, self._first_row(batch))
+        prompts = self.prompts(batch)
+        rollout = self.sample(prompts, VALIDATION_STEP, self._first_row(prompts))
         texts, scores = self.score(batch, rollout.responses)
         return _rows(texts, scores)
 
@@ -248,10 +276,10 @@ class PolicyModule(LightningModule):
     def on_predict_epoch_start(self) -> None:
         self._rows_drawn = 0
 
-    def _first_row(self, batch: Prompts) -> int:
-        """Global row of the batch's first prompt. Counted, for the last batch may be smaller than those before."""
-        first = self._rows_drawn * self.trainer.world_size + self.global_rank * len(batch.tokens)
-        self._rows_drawn += len(batch.tokens)
+    def _first_row(self, prompts: Prompts) -> int:
+        """Global row of a batch's first prompt. Counted, for the last batch may be smaller than those before."""
+        first = self._rows_drawn * self.trainer.world_size + self.global_rank * len(prompts.tokens)
+        self._rows_drawn += len(prompts.tokens)
         return first
 
     # Logging on the ppo_step axis -------------------------------------------------------------------------------
@@ -279,13 +307,7 @@ class PolicyModule(LightningModule):
 
     def check_context(self, prompt_tokens: int) -> None:
         """Raise a `UserError` when prompts and responses do not fit the model's positions."""
-        context = context_length(self.actor.lm.model)
-        total = prompt_tokens + self.sampling.max_new_tokens
-        if context is not None and total > context:
-            raise UserError(
-                f"prompts of {prompt_tokens} tokens and {self.sampling.max_new_tokens} new ones make {total}, but the "
-                f"model's context is {context}: lower data's max_prompt_tokens or sampling.max_new_tokens"
-            )
+        self.actor.lm.check_context(prompt_tokens, self.sampling.max_new_tokens)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained; reward, reference and frozen base weights are loaded from where they came from."""
@@ -309,11 +331,11 @@ class PolicyModule(LightningModule):
         self.ppo_step = checkpoint["ppo_step"]
 
     def _checkpointed_names(self) -> set[str]:
-        names = {f"actor.{name}" for name, parameter in self.actor.named_parameters() if parameter.requires_grad}
-        own = self.state_dict()
+        own = {name: value for name, value in self.state_dict().items() if name.split(".")[0] in self.trained_modules}
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         # A tied output layer is one parameter under two names.
-        pointers = {own[name].data_ptr() for name in names}
-        return {name for name, value in own.items() if name.startswith("actor.") and value.data_ptr() in pointers}
+        pointers = {own[name].data_ptr() for name in trained & own.keys()}
+        return {name for name, value in own.items() if value.data_ptr() in pointers}
 
     def save_plain_hyperparameters(self, ignore: list[str]) -> None:
         """`save_hyperparameters`, with dataclasses as dicts: a checkpoint must load with ``weights_only=True``."""
@@ -323,8 +345,12 @@ class PolicyModule(LightningModule):
                 self.hparams[name] = asdict(value)
 
 
-def _rows(texts: Texts, scores: Scores) -> list[dict[str, Any]]:
-    """One dict of plain values a response."""
+def _trained(lm: PolicyLM) -> dict[str, Tensor]:
+    return {name: parameter for name, parameter in lm.named_parameters() if parameter.requires_grad}
+
+
+def _rows(texts: Texts, scores: Scores, columns: dict[str, list[str]] | None = None) -> list[dict[str, Any]]:
+    """One dict of plain values a response; `columns` are further ones."""
     return [
         {
             "prompt": texts.prompts[row],
@@ -332,6 +358,7 @@ def _rows(texts: Texts, scores: Scores) -> list[dict[str, Any]]:
             "complete": texts.complete[row],
             "reward": scores.total[row].item(),
             **{f"reward_{name}": part[row].item() for name, part in scores.components.items()},
+            **{name: values[row] for name, values in (columns or {}).items()},
         }
         for row in range(len(texts.prompts))
     ]

@@ -84,9 +84,9 @@ class SupervisedModule(LightningModule):
 
     def save_pretrained(self, folder: str | Path, adapter: str = "merged") -> None:
         """Write a folder that transformers loads, with the tokenizer."""
-        from elastic_lightning.policies.saving import save_causal
+        from elastic_lightning.policies.saving import save_model
 
-        save_causal(self.model, self.tokenizer, folder, adapter)
+        save_model(self.model, self.tokenizer, folder, adapter)
 
     def save_plain_hyperparameters(self) -> None:
         """`save_hyperparameters`, with dataclasses as dicts: a checkpoint must load with ``weights_only=True``."""

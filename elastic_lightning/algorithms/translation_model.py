@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForSeq2SeqLM
 
 from elastic_lightning.algorithms.hyperparameters import from_plain
 from elastic_lightning.algorithms.supervised import AdamWConfig, SupervisedModule
 from elastic_lightning.errors import UserError
 from elastic_lightning.metrics import CorpusBLEU, TokenPerplexity
-from elastic_lightning.policies import LoadedPolicy, ModelSource, PairedTexts, Prompts, load_tokenizer, right_padded
-from elastic_lightning.policies.loading import add_lora, context_length, from_architecture, from_path
-
-
-class TranslationBatch(NamedTuple):
-    """What validation and test read: B pairs, and the B reference texts as people wrote them."""
-
-    pairs: PairedTexts
-    references: list[str]
+from elastic_lightning.policies import ModelSource, PairedTexts, Prompts, TranslationBatch, load_source, right_padded
+from elastic_lightning.policies.loading import context_length
 
 
 class TranslationModel(SupervisedModule):
@@ -57,7 +47,11 @@ class TranslationModel(SupervisedModule):
                 raise UserError(f"{name} must be 1 or more, got {value}")
         policy, optimizer = from_plain(ModelSource, policy), from_plain(AdamWConfig, optimizer)
         self.save_plain_hyperparameters()
-        loaded = load_encoder_decoder(policy)
+        loaded = load_source(policy)
+        if not loaded.model.config.is_encoder_decoder:
+            raise UserError(f"{type(loaded.model).__name__} is no encoder-decoder: see LanguageModel")
+        if loaded.model.config.decoder_start_token_id is None:
+            raise UserError(f"the config of {policy.path} has no decoder_start_token_id: decoding could not begin")
         self.model, self.tokenizer = loaded.model.train(), loaded.tokenizer
         self.optimizer_config = optimizer
         self.label_smoothing, self.max_new_tokens = label_smoothing, max_new_tokens
@@ -66,12 +60,9 @@ class TranslationModel(SupervisedModule):
         self.bleu_greedy, self.bleu_beam = CorpusBLEU(), CorpusBLEU()
 
     def setup(self, stage: str) -> None:
-        context = context_length(self.model)
-        longest = {
-            "data's max_tokens": getattr(getattr(self.trainer, "datamodule", None), "max_tokens", None),
-            "max_new_tokens": self.max_new_tokens,
-        }
-        for name, length in longest.items():
+        context, data = context_length(self.model), getattr(self.trainer, "datamodule", None)
+        longest = {f"data's {name}": getattr(data, name, None) for name in ("max_prompt_tokens", "max_target_tokens")}
+        for name, length in {**longest, "max_new_tokens": self.max_new_tokens}.items():
             if None not in (length, context) and length > context:
                 raise UserError(f"{name} {length} is longer than the model's context {context}")
         for logger in self.trainer.loggers:
@@ -131,19 +122,3 @@ class TranslationModel(SupervisedModule):
                 use_cache=False,
             )
         return output.logits.float()
-
-
-def load_encoder_decoder(source: ModelSource) -> LoadedPolicy:
-    """An encoder-decoder and its tokenizer; one from an architecture starts decoding at the pad token, as Marian and T5
-    do, and ends where it likes."""
-    tokenizer = load_tokenizer(source.tokenizer or source.path, trust_remote_code=source.trust_remote_code)
-    if source.architecture is None:
-        model = from_path(AutoModelForSeq2SeqLM, source)
-    else:
-        special = {"decoder_start_token_id": tokenizer.pad_token_id, "forced_eos_token_id": None}
-        model = from_architecture(AutoModelForSeq2SeqLM, source, tokenizer, **special)
-    if model.config.decoder_start_token_id is None:
-        raise UserError(f"the config of {source.path} has no decoder_start_token_id: decoding could not begin")
-    if source.lora is not None:
-        model = add_lora(model, source.lora, task_type="SEQ_2_SEQ_LM")
-    return LoadedPolicy(model, tokenizer, unmerged_adapter=False)

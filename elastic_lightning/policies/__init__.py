@@ -1,14 +1,19 @@
 """The language model as a policy: loading, value head, reference and sampling."""
 
 from elastic_lightning.policies.actor_critic import ActorCritic, Evaluation
-from elastic_lightning.policies.causal import CausalLM, PairedTexts, Prompts, Responses
+from elastic_lightning.policies.batches import PairedTexts, Prompts, Responses, right_padded
+from elastic_lightning.policies.causal import CausalLM
+from elastic_lightning.policies.encoding import encode_source, encode_target, pad
 from elastic_lightning.policies.graph_sampling import GraphSampler
+from elastic_lightning.policies.language_model import PolicyLM
 from elastic_lightning.policies.loading import LoadedPolicy, LoRA, ModelSource, load_policy, load_source, load_tokenizer
-from elastic_lightning.policies.padding import right_padded
+from elastic_lightning.policies.pairs import GameEvaluationBatch, TranslationBatch
 from elastic_lightning.policies.reference import AdapterOff, FrozenCopy, make_reference
 from elastic_lightning.policies.rollout_copy import RolloutCopy
-from elastic_lightning.policies.sampling import Rollout, Sampling, counter_uniforms, draw, sample
+from elastic_lightning.policies.sampling import Rollout, Sampling, counter_uniforms, draw, greedy, sample
+from elastic_lightning.policies.seq2seq import Seq2SeqLM
 from elastic_lightning.policies.text import Texts, decode_texts, ended
+from elastic_lightning.policies.translator import Translator, load_translator
 
 __all__ = [
     "ActorCritic",
@@ -16,25 +21,35 @@ __all__ = [
     "CausalLM",
     "Evaluation",
     "FrozenCopy",
+    "GameEvaluationBatch",
     "GraphSampler",
     "LoRA",
     "LoadedPolicy",
     "ModelSource",
     "PairedTexts",
+    "PolicyLM",
     "Prompts",
     "Responses",
     "Rollout",
     "RolloutCopy",
     "Sampling",
+    "Seq2SeqLM",
     "Texts",
+    "TranslationBatch",
+    "Translator",
     "counter_uniforms",
     "decode_texts",
     "draw",
+    "encode_source",
+    "encode_target",
     "ended",
+    "greedy",
     "load_policy",
     "load_source",
     "load_tokenizer",
+    "load_translator",
     "make_reference",
+    "pad",
     "right_padded",
     "sample",
 ]

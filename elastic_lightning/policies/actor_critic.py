@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from elastic_lightning.functional import TokenLoss
-from elastic_lightning.policies.causal import CausalLM, Prompts, Responses
+from elastic_lightning.policies.batches import Prompts, Responses
+from elastic_lightning.policies.language_model import PolicyLM
 
 
 class Evaluation(NamedTuple):
@@ -27,7 +28,7 @@ class ActorCritic(nn.Module):
     function a transformer of its own, a copy of the policy's: twice the memory and time, no interference.
     """
 
-    def __init__(self, lm: CausalLM, separate_value_trunk: bool = False) -> None:
+    def __init__(self, lm: PolicyLM, separate_value_trunk: bool = False) -> None:
         super().__init__()
         self.lm = lm
         self.value_head = nn.Linear(lm.config.hidden_size, 1)
@@ -46,7 +47,7 @@ class ActorCritic(nn.Module):
         """A loss of each token's log-probability and entropy, differentiable, and the evaluation it was made from.
 
         In the evaluation only the values carry a gradient: `loss` is differentiated on the way, see
-        `elastic_lightning.functional.output_loss`. `trunk` is that of `CausalLM.response_hidden`.
+        `elastic_lightning.functional.output_loss`. `trunk` is that of `PolicyLM.response_hidden`.
         """
         hidden = self.lm.response_hidden(prompts, responses, trunk=trunk)
         total, statistics = self.lm.token_loss(hidden, responses, loss, temperature)
@@ -82,7 +83,7 @@ def scale(logits: Tensor, temperature: float) -> Tensor:
     return logits.float() if temperature == 1 else logits.float() / temperature
 
 
-def _trunk_copy(lm: CausalLM) -> nn.Module:
+def _trunk_copy(lm: PolicyLM) -> nn.Module:
     """A transformer that starts as the policy's and shares the weights which are not trained."""
     shared = {id(parameter): parameter for parameter in lm.parameters() if not parameter.requires_grad}
     return copy.deepcopy(lm.backbone, shared)

@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from elastic_lightning.policies.actor_critic import ActorCritic
-from elastic_lightning.policies.causal import CausalLM, PreallocatedLayer, Prompts
+from elastic_lightning.policies.batches import Prompts
+from elastic_lightning.policies.cache import PreallocatedLayer
+from elastic_lightning.policies.causal import CausalLM
 from elastic_lightning.policies.sampling import Rollout, Sampling, choose, finish
 
 BUCKET = 64  # the cache's capacity is a multiple of this: prompts of like length share a graph

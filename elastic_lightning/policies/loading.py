@@ -13,12 +13,23 @@ import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActivation
 
 from elastic_lightning.errors import UserError
+from elastic_lightning.policies.causal import CausalLM
+from elastic_lightning.policies.seq2seq import Seq2SeqLM
 
 PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]")  # where the tokenizer has none of its own: the first it knows, or adds
+FUNCTIONAL_DROPOUT = {"dropout", "attention_dropout", "activation_dropout", "layerdrop"}  # rates kept as numbers
 UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)  # missing, of another kind, or damaged
 
 
@@ -85,7 +96,7 @@ class ModelSource:
 
 
 class LoadedPolicy(NamedTuple):
-    """A causal language model and its tokenizer.
+    """A causal language model or an encoder-decoder, and its tokenizer.
 
     `unmerged_adapter` is true when the folder held an adapter: switched off, such a model is not the policy it was.
     """
@@ -106,7 +117,7 @@ def load_policy(
     lora: LoRA | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedPolicy:
-    """Load a causal language model (see `ModelSource` for the arguments) in eval mode.
+    """Load a causal language model or an encoder-decoder (see `ModelSource` for the arguments) in eval mode.
 
     Raises:
         UserError: the model or tokenizer cannot be found, or the options contradict each other.
@@ -120,16 +131,35 @@ def load_source(source: ModelSource) -> LoadedPolicy:
     tokenizer = load_tokenizer(source.tokenizer or source.path, gguf_file, source.trust_remote_code)
     adapter = source.path is not None and (Path(source.path) / "adapter_config.json").exists()
     if source.architecture is not None:
-        model = from_architecture(AutoModelForCausalLM, source, tokenizer)
+        model = _from_architecture(source, tokenizer)
     elif adapter:
         model = _load_adapter(source)
     else:
-        model = from_path(AutoModelForCausalLM, source)
+        model = _from_path(source)
+    for module in model.modules():
+        if type(module).__name__.endswith("SinusoidalPositionalEmbedding"):
+            module.requires_grad_(False)  # a table of sines: no gradient ever reaches it
     if source.lora is not None:
         if adapter:
             raise UserError(f"{source.path} holds an unmerged adapter: merge it before training another LoRA on top")
-        model = add_lora(model, source.lora)
+        task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+        model = add_lora(model, source.lora, task)
     return LoadedPolicy(model.eval(), tokenizer, adapter)
+
+
+def as_policy(
+    model: nn.Module, trainable_layers: int | None = None, gradient_checkpointing: bool = False
+) -> CausalLM | Seq2SeqLM:
+    """The model as a policy of its kind: the one place that asks which it is.
+
+    Raises:
+        UserError: the architecture is not supported, or `trainable_layers` are asked of an encoder-decoder.
+    """
+    if not model.config.is_encoder_decoder:
+        return CausalLM(model, trainable_layers, gradient_checkpointing)
+    if trainable_layers is not None:
+        raise UserError("execution.trainable_layers is for decoder-only models; leave it out for an encoder-decoder")
+    return Seq2SeqLM(model, gradient_checkpointing)
 
 
 def load_tokenizer(path: str, gguf_file: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -191,11 +221,14 @@ def add_lora(model: PreTrainedModel, lora: LoRA, task_type: str = "CAUSAL_LM") -
     """Freeze `model` and add trainable low-rank adapters."""
     from peft import LoraConfig, get_peft_model
 
+    targets = lora.targets
+    if targets is None and model.config.model_type == "marian":
+        targets = ["q_proj", "v_proj"]  # what peft chooses for BART, of the same layers; it has no choice for Marian
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=lora.targets,
+        target_modules=targets,
         task_type=task_type,
         fan_in_fan_out=model.config.model_type == "gpt2",  # its projections are Conv1D, weights stored transposed
     )
@@ -210,6 +243,9 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name in FUNCTIONAL_DROPOUT & vars(module).keys():
+            if isinstance(getattr(module, name), float):
+                setattr(module, name, 0.0)
 
 
 def fuse_gelu(model: PreTrainedModel) -> PreTrainedModel:
@@ -244,6 +280,35 @@ def context_length(model: nn.Module) -> int | None:
     return getattr(model.config, "max_position_embeddings", None)
 
 
+def _from_architecture(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Random weights of either kind; an encoder-decoder begins at the pad token, as Marian and T5 do, and ends where it
+    likes."""
+    special = {"decoder_start_token_id": tokenizer.pad_token_id, "forced_eos_token_id": None}
+    seq2seq = _config_of(source).is_encoder_decoder
+    auto_class = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    return from_architecture(auto_class, source, tokenizer, **(special if seq2seq else {}))
+
+
+def _from_path(source: ModelSource) -> PreTrainedModel:
+    seq2seq = source.gguf_file is None and _config_of(source).is_encoder_decoder
+    return from_path(AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM, source)
+
+
+def _config_of(source: ModelSource) -> PreTrainedConfig:
+    """The config that a path or the type of an architecture has."""
+    if source.architecture is not None:
+        kind = source.architecture["model_type"]
+        try:
+            return AutoConfig.for_model(kind)
+        except (ValueError, KeyError) as error:
+            raise UserError(f"cannot build the architecture {kind!r}: {_first_line(error)}") from error
+    offline = {"local_files_only": True} if not Path(source.path).exists() and hub_offline() else {}
+    try:
+        return AutoConfig.from_pretrained(source.path, trust_remote_code=source.trust_remote_code, **offline)
+    except UNREADABLE as error:
+        raise UserError(_not_found("model", source.path, error)) from error
+
+
 def _load_adapter(source: ModelSource) -> nn.Module:
     from peft import PeftConfig, PeftModel
 
@@ -251,7 +316,7 @@ def _load_adapter(source: ModelSource) -> nn.Module:
     if not base:
         raise UserError(f"{source.path}/adapter_config.json does not name its base model (base_model_name_or_path)")
     fields = {name: getattr(source, name) for name in ("dtype", "attention", "trust_remote_code")}
-    model = from_path(AutoModelForCausalLM, ModelSource(base, **fields))
+    model = _from_path(ModelSource(base, **fields))
     return PeftModel.from_pretrained(model, source.path, is_trainable=True)
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from elastic_lightning.errors import UserError
-from elastic_lightning.policies.causal import CausalLM, Prompts, Responses
+from elastic_lightning.policies.batches import Prompts, Responses
+from elastic_lightning.policies.language_model import PolicyLM
 
 ReferenceKind = Literal["auto", "adapter_off", "frozen_copy"]
 
@@ -20,7 +21,7 @@ class FrozenCopy(nn.Module):
     costs what is trained.
     """
 
-    def __init__(self, lm: CausalLM) -> None:
+    def __init__(self, lm: PolicyLM) -> None:
         super().__init__()
         self.lm = lm.copy()
 
@@ -45,7 +46,7 @@ class FrozenCopy(nn.Module):
 class AdapterOff:
     """The policy with its adapter switched off: no memory, but only theta_0 while the base model is theta_0."""
 
-    def __init__(self, lm: CausalLM) -> None:
+    def __init__(self, lm: PolicyLM) -> None:
         self.lm = lm
 
     @torch.no_grad()
@@ -64,7 +65,7 @@ class AdapterOff:
             return self.lm.response_logits(prompts, responses)
 
 
-def make_reference(lm: CausalLM, kind: ReferenceKind = "auto", unmerged_adapter: bool = False):
+def make_reference(lm: PolicyLM, kind: ReferenceKind = "auto", unmerged_adapter: bool = False):
     """The reference for a policy: adapter off where there is a fresh adapter, else a frozen copy.
 
     Raises:

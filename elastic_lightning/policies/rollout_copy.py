@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from elastic_lightning.policies.causal import CausalLM
+from elastic_lightning.policies.language_model import PolicyLM
 
 
 class RolloutCopy(nn.Module):
@@ -16,14 +16,14 @@ class RolloutCopy(nn.Module):
     Buffers (rotary frequencies) keep their type: in bfloat16 a position beyond 256 has no exact number.
     """
 
-    def __init__(self, lm: CausalLM, dtype: torch.dtype) -> None:
+    def __init__(self, lm: PolicyLM, dtype: torch.dtype) -> None:
         super().__init__()
         self.lm = copy.deepcopy(lm).requires_grad_(False)
         for parameter in self.lm.parameters():
             parameter.data = parameter.data.to(dtype)
 
     @torch.no_grad()
-    def refresh(self, lm: CausalLM) -> None:
+    def refresh(self, lm: PolicyLM) -> None:
         """Take over the policy's trained weights; the others are what they were."""
         own = dict(self.lm.named_parameters())
         trained = {name: parameter for name, parameter in lm.named_parameters() if parameter.requires_grad}

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from elastic_lightning.errors import UserError
 
 
-def save_causal(
+def save_model(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path, adapter: str = "merged"
 ) -> None:
     """Save model and tokenizer with `save_pretrained`.

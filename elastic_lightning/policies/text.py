@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from elastic_lightning.policies.causal import Prompts, Responses
+from elastic_lightning.policies.batches import Prompts, Responses
 
 
 class Texts(NamedTuple):
@@ -32,6 +32,14 @@ def decode_texts(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, responses
         before = commonprefix([before, whole])  # noqa: RUF071 (character by character is what is wanted)
         prompt_texts.append(before)
         response_texts.append(whole[len(before) :])
+    return Texts(prompt_texts, response_texts, ended(responses, tokenizer.eos_token_id).tolist())
+
+
+def decode_apart(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, responses: Responses) -> Texts:
+    """Decode without special tokens and padding; a response is a text of its own, as an encoder-decoder writes it."""
+    prompt_texts, response_texts = (
+        tokenizer.batch_decode(_rows(*part), skip_special_tokens=True) for part in (prompts, responses)
+    )
     return Texts(prompt_texts, response_texts, ended(responses, tokenizer.eos_token_id).tolist())
 
 

@@ -6,7 +6,7 @@ from transformers.cache_utils import Cache
 
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import ActorCritic, CausalLM, Responses, Sampling, load_policy, sample
-from elastic_lightning.policies.causal import PreallocatedLayer
+from elastic_lightning.policies.cache import PreallocatedLayer
 
 SIZE = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZE |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1}

@@ -12,7 +12,7 @@ from elastic_lightning.errors import UserError
 from elastic_lightning.policies import LoRA, ModelSource, load_policy, load_tokenizer, make_reference
 from elastic_lightning.policies.causal import CausalLM
 from elastic_lightning.policies.loading import disable_dropout, load_source
-from elastic_lightning.policies.saving import save_causal
+from elastic_lightning.policies.saving import save_model
 
 GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
 
@@ -104,7 +104,7 @@ def test_a_folder_without_a_model(tmp_path, tokenizer_folder):
 
 def test_a_damaged_weights_file_is_one_line(tmp_path, gpt2_folder):
     load = load_policy(gpt2_folder)
-    save_causal(load.model, load.tokenizer, tmp_path)
+    save_model(load.model, load.tokenizer, tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError) as error:
@@ -167,7 +167,7 @@ def test_a_pad_token_that_has_to_be_added_lies_outside_the_embedding(tmp_path, p
     model, tokenizer, _ = load_policy(str(tmp_path))
     assert tokenizer.pad_token_id == 30 and tokenizer.eos_token_id == 5
     assert model.get_input_embeddings().weight.shape[0] == 30
-    save_causal(model, tokenizer, tmp_path / "saved")
+    save_model(model, tokenizer, tmp_path / "saved")
     assert load_tokenizer(str(tmp_path / "saved")).pad_token_id == 30  # and stays so from stage to stage
 
 
@@ -205,7 +205,7 @@ def adapter_folder(tmp_path, base, **options):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
-    save_causal(model, tokenizer, tmp_path / "adapter", adapter="adapter")
+    save_model(model, tokenizer, tmp_path / "adapter", adapter="adapter")
     return model, str(tmp_path / "adapter")
 
 

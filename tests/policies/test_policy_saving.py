@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import load_policy, load_tokenizer
-from elastic_lightning.policies.saving import save_causal
+from elastic_lightning.policies.saving import save_model
 
 TOKENS = torch.tensor([[3, 4, 5, 20], [9, 28, 2, 1]])
 
@@ -23,7 +23,7 @@ def test_a_saved_policy_is_the_policy_for_any_transformers_user(tmp_path, folder
     )
     before, expected = snapshot(model), model(input_ids=TOKENS).logits
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    save_causal(model, tokenizer, tmp_path / "deep" / "folder")
+    save_model(model, tokenizer, tmp_path / "deep" / "folder")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "deep" / "folder")
     assert not (tmp_path / "deep" / "folder" / "adapter_config.json").exists()
     torch.testing.assert_close(plain(input_ids=TOKENS).logits, expected, atol=1e-5, rtol=1e-5)
@@ -37,7 +37,7 @@ def test_a_saved_policy_is_the_policy_for_any_transformers_user(tmp_path, folder
 
 def test_an_adapter_alone(tmp_path, llama_folder):
     model = make_actor(llama_folder, lora=True).lm.model
-    save_causal(model, load_tokenizer(llama_folder), tmp_path, adapter="adapter")
+    save_model(model, load_tokenizer(llama_folder), tmp_path, adapter="adapter")
     size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     adapter = sum(parameter.numel() * 4 for name, parameter in model.named_parameters() if "lora_" in name)
     assert adapter <= size < adapter + 4000
@@ -48,5 +48,5 @@ def test_an_adapter_alone(tmp_path, llama_folder):
 def test_another_kind_is_refused_before_anything_is_written(tmp_path, gpt2_folder):
     loaded = load_policy(gpt2_folder)
     with pytest.raises(UserError, match="merged or adapter"):
-        save_causal(loaded.model, loaded.tokenizer, tmp_path / "new", adapter="both")
+        save_model(loaded.model, loaded.tokenizer, tmp_path / "new", adapter="both")
     assert not (tmp_path / "new").exists()
