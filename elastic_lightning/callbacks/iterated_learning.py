@@ -45,6 +45,7 @@ class IteratedLearning(WeightSets):
             raise UserError(f"IteratedLearning: learning_rate must be above 0, got {learning_rate}")
         self.steps, self.learning_rate = steps, learning_rate
         self.seen: deque[Any] = deque(maxlen=steps)  # the batches that the student will learn from
+        self.targets: list[Any] = []  # what the teacher says to them
         self._seen_before: list[Any] = []  # those of a checkpoint, as plain lists
         self.earlier: dict[str, Tensor] = {}  # the online weights at the start of this generation
 
