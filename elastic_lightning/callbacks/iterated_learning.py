@@ -107,7 +107,7 @@ class IteratedLearning(WeightSets):
         state = super().state_dict()
         if self.earlier:
             state["earlier"] = {name: tensor.clone() for name, tensor in self.earlier.items()}
-            state["seen"] = [_plain(batch) for batch in self.seen]
+            state["seen"] = self._seen_before or [_plain(batch) for batch in self.seen]
         return state
 
 
