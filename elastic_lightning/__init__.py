@@ -24,7 +24,14 @@ _HOMES = {
     "algorithms": ("PPO", "PPOConfig", "LanguageModel", "RewardModel", "TranslationModel"),
     "policies": ("load_policy", "LoRA", "ModelSource", "Sampling"),
     "rewards": ("Reward", "ClassifierReward", "FunctionReward", "WeightedReward"),
-    "data": ("IMDBDataModule", "ToyReviewsDataModule"),
+    "data": (
+        "IMDBDataModule",
+        "ToyReviewsDataModule",
+        "ToyTranslationDataModule",
+        "ToyTranslationGameDataModule",
+        "TranslationDataModule",
+        "TranslationGameDataModule",
+    ),
     "errors": ("UserError",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

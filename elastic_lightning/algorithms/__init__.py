@@ -6,7 +6,8 @@ from elastic_lightning.algorithms.ppo import PPO
 from elastic_lightning.algorithms.ppo_config import PPOConfig
 from elastic_lightning.algorithms.reward_model import LabelledTexts, RewardModel
 from elastic_lightning.algorithms.supervised import AdamWConfig
-from elastic_lightning.algorithms.translation_model import TranslationBatch, TranslationModel
+from elastic_lightning.algorithms.translation_game import TranslationGame
+from elastic_lightning.algorithms.translation_model import TranslationModel
 
 __all__ = [
     "PPO",
@@ -16,6 +17,6 @@ __all__ = [
     "LanguageModel",
     "PPOConfig",
     "RewardModel",
-    "TranslationBatch",
+    "TranslationGame",
     "TranslationModel",
 ]

@@ -8,24 +8,27 @@ from typing import NamedTuple
 from torch import Tensor
 
 from elastic_lightning.algorithms.experience import Experience
-from elastic_lightning.policies import Prompts, Rollout
+from elastic_lightning.policies import PairedTexts, Prompts, Rollout
 
 
 class MiniBatch(NamedTuple):
     """Rows of one PPO batch: everything the loss reads.
 
-    `trunk` [B, P+T-1, H] is what leaves the frozen layers, where there are any (see `CausalLM.trunk_hidden`).
+    `trunk` [B, P+T-1, H] is what leaves the frozen layers, where there are any (see `CausalLM.trunk_hidden`); `pairs`
+    are texts that a second model learns from beside the policy, one pair a row.
     """
 
     prompts: Prompts
     rollout: Rollout
     experience: Experience
     trunk: Tensor | None = None
+    pairs: PairedTexts | None = None
 
     def rows(self, index: Tensor) -> MiniBatch:
         """The given rows of every tensor."""
         parts = (type(part)(*(tensor[index] for tensor in part)) for part in self[:3])
-        return MiniBatch(*parts, None if self.trunk is None else self.trunk[index])
+        trunk = None if self.trunk is None else self.trunk[index]
+        return MiniBatch(*parts, trunk, None if self.pairs is None else self.pairs.rows(index))
 
     def trimmed(self, prompt: int, response: int) -> MiniBatch:
         """Only the last `prompt` columns of the prompts and the first `response` of the responses."""
@@ -35,6 +38,7 @@ class MiniBatch(NamedTuple):
             Rollout(*(tensor[:, :response] for tensor in self.rollout)),
             Experience(*(tensor[:, :response] for tensor in self.experience)),
             None if self.trunk is None else self.trunk[:, skipped : skipped + prompt + response - 1],
+            None if self.pairs is None else self.pairs.trimmed(),
         )
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 
 from elastic_lightning.functional import entropy, exact_kl, token_logprobs
-from elastic_lightning.metrics import DistinctN, MeanReward, SequenceKL, TokenPerplexity
+from elastic_lightning.metrics import DistinctN, Mean, SequenceKL, TokenPerplexity
 from elastic_lightning.policies import Responses, Texts
 
 
@@ -26,23 +26,26 @@ class PolicyMetrics(nn.Module):
 
     def __init__(self, text_metrics: list[Metric] | None = None) -> None:
         super().__init__()
-        self.reward = MeanReward()
+        self.reward = Mean()
         self.kl = SequenceKL()
         self.perplexity = TokenPerplexity()
         self.sample_perplexity = TokenPerplexity()
         self.distinct = nn.ModuleList(DistinctN(n) for n in (1, 2, 3))
-        self.entropy = MeanMetric()
-        self.length = MeanMetric()
-        self.eos_rate = MeanMetric()
+        self.entropy = Mean()
+        self.length = Mean()
+        self.eos_rate = Mean()
         self.text_metrics = nn.ModuleList(text_metrics or [])
 
-    def update_samples(self, responses: Responses, texts: Texts, scores: Tensor) -> None:
-        """Add B sampled responses with their scores [B]."""
+    def update_samples(self, responses: Responses, complete: list[bool], scores: Tensor) -> None:
+        """Add B sampled responses, whether each ended by itself, and their scores [B]."""
         self.reward.update(scores)
         for metric in self.distinct:
             metric.update(responses.tokens, responses.mask)
         self.length.update(responses.mask.sum(dim=1).float())
-        self.eos_rate.update(torch.tensor(texts.complete, dtype=torch.float32, device=scores.device))
+        self.eos_rate.update(torch.tensor(complete, dtype=torch.float32, device=scores.device))
+
+    def update_texts(self, texts: Texts) -> None:
+        """Add B texts to the metrics that read texts."""
         for metric in self.text_metrics:
             metric.update(*texts)
 

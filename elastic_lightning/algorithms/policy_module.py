@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from elastic_lightning.policies import (
     Texts,
     as_policy,
     counter_uniforms,
+    greedy,
     load_source,
     make_reference,
     sample,
@@ -63,6 +65,8 @@ class PolicyModule(LightningModule):
         metrics: further metrics on texts, see `PolicyMetrics`.
         seed: of sampling; the run's ``seed_everything`` by default.
     """
+
+    trained_modules: tuple[str, ...] = ("actor",)  # what a checkpoint keeps the trained weights of
 
     def __init__(
         self,
@@ -107,12 +111,12 @@ class PolicyModule(LightningModule):
 
     def shadowed_parameters(self) -> dict[str, Tensor]:
         """The weights that Elastic Reset averages and resets: the policy's trainable ones, not the value function's."""
-        return {name: parameter for name, parameter in self.actor.lm.named_parameters() if parameter.requires_grad}
+        return _trained(self.actor.lm)
 
     def reference_weights(self) -> dict[str, Tensor] | None:
         """The reference's weights by the names of `shadowed_parameters`, where it is a copy: theta_0, until moved."""
         weights = getattr(self.reference, "weights", lambda: None)()
-        return None if weights is None else {name: weights[name] for name in self.shadowed_parameters()}
+        return None if weights is None else {name: weights[name] for name in _trained(self.actor.lm)}
 
     def save_pretrained(self, folder: str | Path, adapter: str = "merged") -> None:
         """Write a folder that transformers loads: policy and tokenizer, and the value head in a file of its own."""
@@ -138,9 +142,13 @@ class PolicyModule(LightningModule):
             self._graph_samplers[id(lm)] = GraphSampler(self.actor, self.sampling, *ends, lm)
         return self._graph_samplers[id(lm)](prompts, uniforms)
 
-    def score(self, prompts: Prompts, responses: Responses) -> tuple[Texts, Scores]:
-        """Texts of a batch and their scores [B], on the module's device."""
-        texts = self.actor.lm.decode(self.tokenizer, prompts, responses)
+    def prompts(self, batch: Any) -> Prompts:
+        """The prompts of a batch of the data module: the batch itself, where it holds nothing else."""
+        return batch
+
+    def score(self, batch: Any, responses: Responses) -> tuple[Texts, Scores]:
+        """Texts of a batch with its responses, and their scores [B], on the module's device."""
+        texts = self.actor.lm.decode(self.tokenizer, self.prompts(batch), responses)
         total, components = score(self.reward, texts.prompts, texts.responses)
         return texts, Scores(total.to(self.device), {name: part.to(self.device) for name, part in components.items()})
 
@@ -151,6 +159,17 @@ class PolicyModule(LightningModule):
         self.rollout_copy.refresh(self.actor.lm)
         with torch.autocast(self.device.type, enabled=False):
             return self.sample(prompts, step, first_row, self.rollout_copy.lm)
+
+    def imitation_targets(self, batch: Any) -> Responses:
+        """What the policy says to a batch, greedily: what a student will imitate."""
+        ends = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        return greedy(self.actor.lm, self.prompts(batch), self.sampling.max_new_tokens, *ends)
+
+    def imitation_losses(self, batch: Any, targets: Responses) -> Iterator[Tensor]:
+        """The loss of a student, nats per token: one optimizer step each."""
+        hidden = self.actor.lm.response_hidden(self.prompts(batch), targets)
+        total, _ = self.actor.lm.token_loss(hidden, targets, lambda logprobs, entropy, part: -logprobs.sum())
+        yield total / targets.mask.sum()
 
     def trunk_hidden(self, prompts: Prompts, responses: Responses) -> Tensor | None:
         """What leaves the frozen layers [B, P+T-1, H], where `execution.trainable_layers` froze some."""
@@ -209,15 +228,24 @@ class PolicyModule(LightningModule):
             nll = -self.actor.lm.pair_statistics(batch).logprobs
             self.policy_metrics.update_human(nll, batch.target.mask)
             return None
-        rollout = self.sample(batch, VALIDATION_STEP, self._first_row(batch))
+        prompts = self.prompts(batch)
+        rollout = self.sample(prompts, VALIDATION_STEP, self._first_row(prompts))
         texts, scores = self.score(batch, rollout.responses)
-        self.policy_metrics.update_samples(rollout.responses, texts, scores.total)
-        whole = rollout.mask.shape[1] * self.actor.lm.config.vocab_size  # logits a row
-        for prompts, responses, _ in self._chunks(batch, rollout.responses, size=max(1, VALIDATION_LOGITS // whole)):
-            logits = self.actor.lm.response_logits(prompts, responses)
-            initial = self.initial.response_logits(prompts, responses)
-            self.policy_metrics.update_logits(responses, logits, initial, self.sampling.temperature)
-        return _rows(texts, scores)
+        self.policy_metrics.update_samples(rollout.responses, texts.complete, scores.total)
+        self._measure_drift(prompts, rollout.responses)
+        return _rows(texts, scores, self.measure_texts(batch, texts))
+
+    def measure_texts(self, batch: Any, texts: Texts) -> dict[str, list[str]]:
+        """Measure B sampled texts; further columns of B texts for whoever looks at samples."""
+        self.policy_metrics.update_texts(texts)
+        return {}
+
+    def _measure_drift(self, prompts: Prompts, sampled: Responses) -> None:
+        """KL, entropy and fluency of sampled responses, in parts whose logits fit into memory."""
+        whole = sampled.mask.shape[1] * self.actor.lm.config.vocab_size  # logits a row
+        for *part, _ in self._chunks(prompts, sampled, size=max(1, VALIDATION_LOGITS // whole)):
+            logits, initial = self.actor.lm.response_logits(*part), self.initial.response_logits(*part)
+            self.policy_metrics.update_logits(part[1], logits, initial, self.sampling.temperature)
 
     def on_validation_epoch_end(self) -> None:
         values = {f"val/{name}": value for name, value in self.policy_metrics.compute_and_reset().items()}
@@ -240,7 +268,8 @@ class PolicyModule(LightningModule):
 
     def predict_step(self, batch: Prompts, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Prompt, response, reward and its components of each row, as plain values."""
-        rollout = self.sample(batch, VALIDATION_STEP, self._first_row(batch))
+        prompts = self.prompts(batch)
+        rollout = self.sample(prompts, VALIDATION_STEP, self._first_row(prompts))
         texts, scores = self.score(batch, rollout.responses)
         return _rows(texts, scores)
 
@@ -253,10 +282,10 @@ class PolicyModule(LightningModule):
     def on_predict_epoch_start(self) -> None:
         self._rows_drawn = 0
 
-    def _first_row(self, batch: Prompts) -> int:
-        """Global row of the batch's first prompt. Counted, for the last batch may be smaller than those before."""
-        first = self._rows_drawn * self.trainer.world_size + self.global_rank * len(batch.tokens)
-        self._rows_drawn += len(batch.tokens)
+    def _first_row(self, prompts: Prompts) -> int:
+        """Global row of a batch's first prompt. Counted, for the last batch may be smaller than those before."""
+        first = self._rows_drawn * self.trainer.world_size + self.global_rank * len(prompts.tokens)
+        self._rows_drawn += len(prompts.tokens)
         return first
 
     # Logging on the ppo_step axis -------------------------------------------------------------------------------
@@ -308,11 +337,11 @@ class PolicyModule(LightningModule):
         self.ppo_step = checkpoint["ppo_step"]
 
     def _checkpointed_names(self) -> set[str]:
-        names = {f"actor.{name}" for name, parameter in self.actor.named_parameters() if parameter.requires_grad}
-        own = self.state_dict()
+        own = {name: value for name, value in self.state_dict().items() if name.split(".")[0] in self.trained_modules}
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         # A tied output layer is one parameter under two names.
-        pointers = {own[name].data_ptr() for name in names}
-        return {name for name, value in own.items() if name.startswith("actor.") and value.data_ptr() in pointers}
+        pointers = {own[name].data_ptr() for name in trained & own.keys()}
+        return {name for name, value in own.items() if value.data_ptr() in pointers}
 
     def save_plain_hyperparameters(self, ignore: list[str]) -> None:
         """`save_hyperparameters`, with dataclasses as dicts: a checkpoint must load with ``weights_only=True``."""
@@ -322,8 +351,12 @@ class PolicyModule(LightningModule):
                 self.hparams[name] = asdict(value)
 
 
-def _rows(texts: Texts, scores: Scores) -> list[dict[str, Any]]:
-    """One dict of plain values a response."""
+def _trained(lm: PolicyLM) -> dict[str, Tensor]:
+    return {name: parameter for name, parameter in lm.named_parameters() if parameter.requires_grad}
+
+
+def _rows(texts: Texts, scores: Scores, columns: dict[str, list[str]] | None = None) -> list[dict[str, Any]]:
+    """One dict of plain values a response; `columns` are further ones."""
     return [
         {
             "prompt": texts.prompts[row],
@@ -331,6 +364,7 @@ def _rows(texts: Texts, scores: Scores) -> list[dict[str, Any]]:
             "complete": texts.complete[row],
             "reward": scores.total[row].item(),
             **{f"reward_{name}": part[row].item() for name, part in scores.components.items()},
+            **{name: values[row] for name, values in (columns or {}).items()},
         }
         for row in range(len(texts.prompts))
     ]

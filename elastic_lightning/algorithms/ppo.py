@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -29,7 +29,16 @@ from elastic_lightning.algorithms.schedules import schedule_factor
 from elastic_lightning.algorithms.supervised import can_fuse
 from elastic_lightning.errors import UserError
 from elastic_lightning.functional import TokenLoss, kl_k1, kl_k3, masked_mean, ppo_policy_loss, ppo_value_loss
-from elastic_lightning.policies import ModelSource, Prompts, Rollout, Sampling, counter_uniforms, ended
+from elastic_lightning.policies import (
+    ModelSource,
+    PairedTexts,
+    Prompts,
+    Rollout,
+    Sampling,
+    Texts,
+    counter_uniforms,
+    ended,
+)
 from elastic_lightning.policies.reference import ReferenceKind
 from elastic_lightning.rewards import Reward, Scores
 
@@ -40,8 +49,9 @@ PERMUTATION_SEED = 0x5EED  # keeps the draws that order a batch apart from those
 class PPO(PolicyModule):
     """PPO with a KL penalty against the reference, one optimizer, and the PPO batch as its clock (`ppo_step`).
 
-    A training batch is `Prompts`; every batch is one rollout and `epochs` x `mini_batches` optimizer steps. REINFORCE
-    with a learned baseline is this with one epoch and one mini-batch. Dropout is off for the policy throughout.
+    A training batch is `Prompts`, or holds them where `prompts` says; every batch is one rollout and `epochs` x
+    `mini_batches` optimizer steps. REINFORCE with a learned baseline is this with one epoch and one mini-batch. Dropout
+    is off for the policy throughout.
     """
 
     def __init__(
@@ -82,22 +92,23 @@ class PPO(PolicyModule):
 
     # One PPO batch ----------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: Prompts, batch_idx: int) -> None:
-        self._check_batch(batch)
+    def training_step(self, batch: Prompts | NamedTuple, batch_idx: int) -> None:
+        prompts = self.prompts(batch)
+        self._check_prompts(prompts)
         with self._timed("rollout"):
-            decoded = self.rollout(batch, self.ppo_step, self.global_rank * len(batch.tokens))
+            decoded = self.rollout(prompts, self.ppo_step, self.global_rank * len(prompts.tokens))
         with self._timed("scoring"):
-            _, scores = self.score(batch, decoded.responses)
-            trunk = self.trunk_hidden(batch, decoded.responses)
-            rollout = self.recompute(batch, decoded, trunk)
-            reference_logprobs = self.reference_logprobs(batch, rollout.responses, trunk)
+            texts, scores = self.score(batch, decoded.responses)
+            trunk = self.trunk_hidden(prompts, decoded.responses)
+            rollout = self.recompute(prompts, decoded, trunk)
+            reference_logprobs = self.reference_logprobs(prompts, rollout.responses, trunk)
         shaped = shape_scores(scores.total, rollout, self.config, self.tokenizer.eos_token_id)
         coefficient = self.kl_controller.coefficient
         experience = make_experience(
             rollout, shaped, reference_logprobs, coefficient, self.config, self._sum_over_ranks
         )
         with self._timed("update"):
-            losses = self.update(MiniBatch(batch, rollout, experience, trunk))
+            losses = self.update(MiniBatch(prompts, rollout, experience, trunk, self.pairs(batch, texts)))
         if rollout is not decoded:
             losses["rollout_ratio_deviation"] = _ratio_deviation(
                 rollout.logprobs - decoded.logprobs, rollout.mask
@@ -123,28 +134,47 @@ class PPO(PolicyModule):
                 measured["grad_norm"].append(self.grad_norm)
         return self._summarise(measured, stopped=False)
 
+    def pairs(self, batch: Any, texts: Texts) -> PairedTexts | None:
+        """What a second model learns from this batch and its B sampled texts; nothing here."""
+        return None
+
     def _accumulate_gradient(self, parts: list[MiniBatch]) -> dict[str, Tensor]:
         """Backward over micro-batches. Each weighs its share of the mini-batch's tokens on all ranks, so the gradient
         is that of one big batch on one rank."""
         self.optimizers().zero_grad()
-        tokens = self._sum_over_ranks(torch.stack([part.rollout.mask.sum() for part in parts]).sum().float())
+        beside = self._gradient_beside()
+        counts = self._sum_over_ranks(torch.stack([self._token_counts(part) for part in parts]).sum(dim=0))
         statistics: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         for part in parts:
-            share = part.rollout.mask.sum() / tokens
-            loss, measured = self._loss(part)
+            loss, measured = self._loss_share(part, counts)
             with nullcontext() if part is parts[-1] else self._no_gradient_sync():
-                self.manual_backward(loss * share * self.trainer.world_size)  # DDP averages gradients over ranks
+                self.manual_backward(loss * self.trainer.world_size)  # DDP averages gradients over ranks
             for name, value in measured.items():
                 if name == "ratio_deviation":
                     statistics[name] = torch.maximum(statistics[name], value)
                 else:
-                    statistics[name] = statistics[name] + value * share
+                    statistics[name] = statistics[name] + value
         maximum = statistics.pop("ratio_deviation")
-        return {name: self._sum_over_ranks(value) for name, value in statistics.items()} | {"ratio_deviation": maximum}
+        means = {name: self._sum_over_ranks(value) for name, value in (statistics | beside).items()}
+        return means | {"ratio_deviation": maximum}
+
+    def _gradient_beside(self) -> dict[str, Tensor]:
+        """Backward of losses that do not read the rollout, and this rank's share of their values; none here."""
+        return {}
+
+    def _token_counts(self, batch: MiniBatch) -> Tensor:
+        """Valid tokens [1] of a micro-batch, float32: what its loss is a mean over."""
+        return batch.rollout.mask.sum().float()[None]
+
+    def _loss_share(self, batch: MiniBatch, counts: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """A micro-batch's part of the mini-batch's loss and of what is measured; `counts` are of the whole."""
+        loss, measured = self._loss(batch)
+        share = self._token_counts(batch)[0] / counts[0]
+        return loss * share, {n: value if n == "ratio_deviation" else value * share for n, value in measured.items()}
 
     def _loss(self, batch: MiniBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss per valid token and what is worth knowing of it, each a scalar."""
-        config, (prompts, rollout, experience, trunk) = self.config, batch
+        config, (prompts, rollout, experience, trunk, _) = self.config, batch
         mask = rollout.mask
         token_loss, evaluation = self.actor(
             prompts, rollout.responses, self._token_loss(batch), self.sampling.temperature, trunk
@@ -194,18 +224,22 @@ class PPO(PolicyModule):
 
     # Optimizer --------------------------------------------------------------------------------------------------
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What is trained, as groups for the optimizer, each with its learning rate and name."""
         config = self.config
         policy = [parameter for parameter in self.actor.lm.parameters() if parameter.requires_grad]
         value = [*self.actor.value_head.parameters()]
         if self.actor.value_trunk is not None:
             value += [parameter for parameter in self.actor.value_trunk.parameters() if parameter.requires_grad]
-        groups = [
+        return [
             {"params": policy, "lr": config.learning_rate, "name": "policy"},
             {"params": value, "lr": config.value_learning_rate or config.learning_rate, "name": "value"},
         ]
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        config = self.config
         optimizer = torch.optim.AdamW(
-            groups,
+            self.parameter_groups(),
             betas=tuple(config.adam_betas),
             eps=config.adam_eps,
             weight_decay=config.weight_decay,
@@ -331,13 +365,13 @@ class PPO(PolicyModule):
 
     # Checks and checkpoints -------------------------------------------------------------------------------------
 
-    def _check_batch(self, batch: Prompts) -> None:
-        if len(batch.tokens) < self.config.mini_batches:
+    def _check_prompts(self, prompts: Prompts) -> None:
+        if len(prompts.tokens) < self.config.mini_batches:
             raise UserError(
-                f"a batch of {len(batch.tokens)} prompts cannot be cut into {self.config.mini_batches} mini-batches: "
+                f"a batch of {len(prompts.tokens)} prompts cannot be cut into {self.config.mini_batches} mini-batches: "
                 "raise data's batch_size or lower ppo.mini_batches"
             )
-        if not batch.mask.any(dim=1).all():
+        if not prompts.mask.any(dim=1).all():
             raise UserError("a prompt of no tokens: a policy needs one at least; drop empty prompts from the data")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,16 +10,9 @@ from elastic_lightning.algorithms.hyperparameters import from_plain
 from elastic_lightning.algorithms.supervised import AdamWConfig, SupervisedModule
 from elastic_lightning.errors import UserError
 from elastic_lightning.metrics import CorpusBLEU, TokenPerplexity
-from elastic_lightning.policies import ModelSource, PairedTexts, Prompts, load_source, right_padded
+from elastic_lightning.policies import ModelSource, PairedTexts, Prompts, TranslationBatch, load_source, right_padded
 from elastic_lightning.policies.language_model import context_length
 from elastic_lightning.policies.seq2seq import decoder_start_token
-
-
-class TranslationBatch(NamedTuple):
-    """What validation and test read: B pairs, and the B reference texts as people wrote them."""
-
-    pairs: PairedTexts
-    references: list[str]
 
 
 class TranslationModel(SupervisedModule):
@@ -69,12 +60,9 @@ class TranslationModel(SupervisedModule):
         self.bleu_greedy, self.bleu_beam = CorpusBLEU(), CorpusBLEU()
 
     def setup(self, stage: str) -> None:
-        context = context_length(self.model)
-        longest = {
-            "data's max_tokens": getattr(getattr(self.trainer, "datamodule", None), "max_tokens", None),
-            "max_new_tokens": self.max_new_tokens,
-        }
-        for name, length in longest.items():
+        context, data = context_length(self.model), getattr(self.trainer, "datamodule", None)
+        longest = {f"data's {name}": getattr(data, name, None) for name in ("max_prompt_tokens", "max_target_tokens")}
+        for name, length in {**longest, "max_new_tokens": self.max_new_tokens}.items():
             if None not in (length, context) and length > context:
                 raise UserError(f"{name} {length} is longer than the model's context {context}")
         for logger in self.trainer.loggers:

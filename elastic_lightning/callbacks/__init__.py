@@ -9,6 +9,7 @@ from elastic_lightning.callbacks.elastic_reset import (
     ReferenceReset,
     ResetToInitial,
 )
+from elastic_lightning.callbacks.iterated_learning import IteratedLearning
 from elastic_lightning.callbacks.progress import RunProgress
 from elastic_lightning.callbacks.samples import ResponseWriter, SampleLogger
 from elastic_lightning.callbacks.saving import BatchCheckpoint, SavePretrained
@@ -21,6 +22,7 @@ __all__ = [
     "EMAOnly",
     "ElasticReset",
     "HareTortoise",
+    "IteratedLearning",
     "ReferenceReset",
     "ResetToInitial",
     "ResponseWriter",

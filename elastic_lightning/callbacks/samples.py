@@ -87,5 +87,8 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
     def cell(text: str) -> str:
         return text.replace("|", "\\|").replace("\n", " ")
 
-    lines = [f"| {cell(row['prompt'])} | {cell(row['response'])} | {row['reward']:.3f} |" for row in rows]
-    return "\n".join(["| prompt | response | reward |", "|---|---|---|", *lines])
+    texts = [name for name, value in rows[0].items() if isinstance(value, str)]
+    lines = [" | ".join([*(cell(row[name]) for name in texts), f"{row['reward']:.3f}"]) for row in rows]
+    return "\n".join(
+        f"| {line} |" for line in [" | ".join([*texts, "reward"]), "|".join(["---"] * (len(texts) + 1)), *lines]
+    )

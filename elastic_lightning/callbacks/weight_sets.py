@@ -73,7 +73,7 @@ class WeightSets(Callback):
         self.ema: dict[str, Tensor] = {}
         self.initial: dict[str, Tensor] = {}
         self.reference: dict[str, Tensor] = {}
-        self._initial_is_reference = False
+        self._initial_own: dict[str, Tensor] = {}  # those of `initial` that no reference holds
         self._loaded: dict[str, Any] = {}
         self._handles: list[Any] = []
         self._watched: dict[str, float] = {}
@@ -94,6 +94,11 @@ class WeightSets(Callback):
     def after_reset(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called right after `reset`."""
 
+    @property
+    def state_key(self) -> str:
+        """Where a checkpoint keeps the state: two callbacks of one class are told apart by their parameters."""
+        return super().state_key if self.parameters is None else self._generate_state_key(parameters=self.parameters)
+
     # The sets ---------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -109,8 +114,9 @@ class WeightSets(Callback):
             self.ema = self._placed(float32_copy(self.online))
         if self.uses_initial:
             moved = any(getattr(callback, "moves_reference", False) for callback in trainer.callbacks)
-            self._initial_is_reference = bool(self.reference) and not moved
-            self.initial = self.reference if self._initial_is_reference else self._placed(_clone(self.online))
+            held = {} if moved else self.reference
+            self._initial_own = self._placed(_clone({n: p for n, p in self.online.items() if n not in held}))
+            self.initial = {name: held[name] if name in held else self._initial_own[name] for name in self.online}
         self._restore()
         if self.offload and self.uses_ema:
             self._offloaded = OffloadedAverage(self.online, self.ema, 1 - self.decay)
@@ -155,13 +161,15 @@ class WeightSets(Callback):
         return named
 
     def _reference(self, pl_module: LightningModule) -> dict[str, Tensor]:
-        weights = getattr(pl_module, "reference_weights", lambda: None)()
-        if weights is None and self.moves_reference:
+        weights = getattr(pl_module, "reference_weights", lambda: None)() or {}
+        held = {name: weights[name] for name in self.online if name in weights}
+        if self.moves_reference and len(held) < len(self.online):
+            example = next(name for name in self.online if name not in held)
             raise UserError(
-                f"{type(self).__name__} moves the reference policy, and this module has none to move: "
-                "use a module with `reference: frozen_copy`"
+                f"{type(self).__name__} moves the reference policy, and this module has none to move for {example}: "
+                "use a module with `reference: frozen_copy`, and `parameters` that it holds"
             )
-        return {name: weights[name] for name in self.online} if weights is not None else {}
+        return held
 
     # Updates and resets -----------------------------------------------------------------------------------------
 
@@ -182,7 +190,8 @@ class WeightSets(Callback):
     ) -> None:
         self.batches += 1
         if self._watched:
-            self._log(trainer, pl_module, {f"reset/{name}_after": value for name, value in _watch(trainer).items()})
+            after = {f"{self._tag}/{name}_after": value for name, value in _watch(trainer).items()}
+            self._log(trainer, pl_module, after)
             self._watched = {}
         if self.uses_ema and self.update_on == "batch":
             self.update()
@@ -218,13 +227,17 @@ class WeightSets(Callback):
             self.reset()
         self.resets += 1
         self._watched = _watch(trainer)
-        telemetry = {"reset/count": float(self.resets)}
+        telemetry = {"count": float(self.resets)}
         if before is not None:
-            telemetry |= {"reset/distance_before": before, "reset/distance_after": self._distance()}
-        telemetry |= {f"reset/{name}_before": value for name, value in self._watched.items()}
-        self._log(trainer, pl_module, telemetry)
+            telemetry |= {"distance_before": before, "distance_after": self._distance()}
+        telemetry |= {f"{name}_before": value for name, value in self._watched.items()}
+        self._log(trainer, pl_module, {f"{self._tag}/{name}": value for name, value in telemetry.items()})
         self.after_reset(trainer, pl_module)
         _tell(trainer, pl_module, "on_after_reset")
+
+    @property
+    def _tag(self) -> str:
+        return "reset" if self.parameters is None else f"reset[{','.join(self.parameters)}]"
 
     def _distance(self) -> float | None:
         """L2 distance of the online weights to the initial ones, where those are kept."""
@@ -256,8 +269,8 @@ class WeightSets(Callback):
         state["watched"] = self._watched  # of a reset on the last batch: the next run logs what came after
         if self.ema:
             state["ema"] = _clone(self.ema)
-        if self.initial and not self._initial_is_reference:
-            state["initial"] = _clone(self.initial)
+        if self._initial_own:
+            state["initial"] = _clone(self._initial_own)
         if self.moves_reference and self.reference:
             state["reference"] = _clone(self.reference)
         return state
@@ -271,10 +284,11 @@ class WeightSets(Callback):
             return
         self.batches, self.updates, self.resets = state["batches"], state["updates"], state["resets"]
         self._watched = state.get("watched", {})
-        for name in ("ema", "initial", "reference"):
+        own = {"ema": self.ema, "initial": self._initial_own, "reference": self.reference}
+        for name, weights in own.items():
             if name in state:
                 try:
-                    copy_(getattr(self, name), state[name])
+                    copy_(weights, state[name])
                 except (ValueError, RuntimeError) as error:
                     raise UserError(f"the checkpoint's {name} weights are of another model: {error}") from error
 

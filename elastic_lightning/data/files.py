@@ -18,7 +18,7 @@ SPLIT_NAMES = {"train": "train", "test": "test", "val": "validation", "valid": "
 def read_splits(path: str | Path) -> dict[str, Dataset]:
     """Read a folder of ``train.*``, ``test.*`` (and ``validation.*``) files, or one file, which becomes "train".
 
-    JSONL, CSV (both also gzipped) and Parquet.
+    JSONL, CSV (both also gzipped) and Parquet; or a folder that `datasets` wrote with ``save_to_disk``.
 
     Raises:
         UserError: nothing there that can be read.
@@ -28,6 +28,8 @@ def read_splits(path: str | Path) -> dict[str, Dataset]:
         raise UserError(f"data path {path} does not exist")
     if path.is_file():
         return {"train": _read(path)}
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        return _read_saved(path)
     files = {
         SPLIT_NAMES[_stem(file)]: file for file in sorted(path.iterdir()) if _stem(file) in SPLIT_NAMES and _kind(file)
     }
@@ -81,6 +83,16 @@ def _read(file: Path) -> Dataset:
     if len(data) == 0:
         raise UserError(f"{file} holds no rows")
     return data
+
+
+def _read_saved(folder: Path) -> dict[str, Dataset]:
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except Exception as error:
+        raise UserError(f"cannot read {folder} as a folder of `datasets` ({type(error).__name__})") from error
+    return dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}
 
 
 def _stem(file: Path) -> str:

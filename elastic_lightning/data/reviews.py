@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from elastic_lightning.algorithms import LabelledTexts
-from elastic_lightning.data.sampler import EpochSampler
+from elastic_lightning.data.module import TextDataModule
 from elastic_lightning.data.tokenizers import train_bpe
 from elastic_lightning.errors import UserError
-from elastic_lightning.policies import Prompts, load_tokenizer
+from elastic_lightning.policies import Prompts, pad
 
 Stage = Literal["language_model", "reward_model", "prompts"]
 
@@ -26,7 +25,7 @@ class Reviews(NamedTuple):
     labels: list[int]
 
 
-class ReviewsDataModule(LightningDataModule):
+class ReviewsDataModule(TextDataModule):
     """Base of the review tasks; a subclass overrides `load`, which yields the splits train, validation and test.
 
     Batches:
@@ -65,17 +64,17 @@ class ReviewsDataModule(LightningDataModule):
         limit_texts: int | None = None,
         seed: int = 42,
     ) -> None:
-        super().__init__()
+        super().__init__(tokenizer, seed)
         for name in ("batch_size", "eval_batch_size", "block_size", "max_tokens", "max_prompt_tokens", "eval_prompts"):
             if locals()[name] < 1:
                 raise UserError(f"data's {name} must be 1 or more, got {locals()[name]}")
         if not 0 < prompt_fraction < 1:
             raise UserError(f"data's prompt_fraction must be between 0 and 1, got {prompt_fraction}")
         self.task, self.batch_size, self.eval_batch_size = task, batch_size, eval_batch_size
-        self.tokenizer_path, self.block_size, self.max_tokens = tokenizer, block_size, max_tokens
+        self.block_size, self.max_tokens = block_size, max_tokens
         self.max_prompt_tokens = max_prompt_tokens if task == "prompts" else None
         self.prompt_fraction, self.eval_prompts, self.eval_texts = prompt_fraction, eval_prompts, eval_texts
-        self.limit_texts, self.seed = limit_texts, seed
+        self.limit_texts = limit_texts
         self.splits: dict[str, Reviews] = {}
         self._blocks: dict[str, Tensor] = {}
 
@@ -98,12 +97,7 @@ class ReviewsDataModule(LightningDataModule):
             if empty:
                 raise UserError(f"no texts in the split {empty[0]}: is the data empty, or limit_texts 0?")
             self.splits = splits
-        if self.tokenizer_path is not None:
-            self.tokenizer = load_tokenizer(self.tokenizer_path)
-        elif self.trainer is not None:
-            self.tokenizer = self.trainer.lightning_module.tokenizer
-        else:
-            raise UserError("outside a Trainer the data module needs a `tokenizer` (hub id or folder)")
+        self.tokenizer = self.find_tokenizer()
         if stage == "fit":
             self._check_size()
 
@@ -134,21 +128,16 @@ class ReviewsDataModule(LightningDataModule):
         blocks = self.packed(split, self.eval_texts)
         return [
             self._loader(split, self.eval_batch_size, limit=self.eval_prompts),
-            self._dataloader(blocks, self.eval_batch_size, shuffle=False, collate=torch.stack),
+            self.dataloader(blocks, self.eval_batch_size, shuffle=False, collate=torch.stack),
         ]
 
     def _loader(self, split: str, batch_size: int, shuffle: bool = False, limit: int | None = None) -> DataLoader:
         if self.task == "language_model":
             texts = None if split == "train" else self.eval_texts
-            return self._dataloader(self.packed(split, texts), batch_size, shuffle, torch.stack)
+            return self.dataloader(self.packed(split, texts), batch_size, shuffle, torch.stack)
         rows = list(zip(*(part[:limit] for part in self.splits[split]), strict=True))
         collate = self._collate_labelled if self.task == "reward_model" else self._collate_prompts
-        return self._dataloader(rows, batch_size, shuffle, collate)
-
-    def _dataloader(self, rows, batch_size: int, shuffle: bool, collate) -> DataLoader:
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-        sampler = EpochSampler(len(rows), batch_size, self.seed, shuffle, rank, world)
-        return DataLoader(rows, batch_size=batch_size, sampler=sampler, collate_fn=collate)
+        return self.dataloader(rows, batch_size, shuffle, collate)
 
     def _collate_labelled(self, rows: list[tuple[str, int]]) -> LabelledTexts:
         texts, labels = zip(*rows, strict=True)
@@ -165,7 +154,7 @@ class ReviewsDataModule(LightningDataModule):
 
     def _check_size(self) -> None:
         rows = len(self.packed("train")) if self.task == "language_model" else len(self.splits["train"].texts)
-        needed = self.batch_size * (self.trainer.world_size if self.trainer is not None else 1)
+        needed = self.batch_size * self.process[1]
         if rows < needed:
             raise UserError(
                 f"the training data has {rows} rows, less than one batch of {needed}: lower data's batch_size"
@@ -191,15 +180,3 @@ def pack(tokenizer: PreTrainedTokenizerBase, texts: list[str], block_size: int) 
             f"{len(texts)} texts of {len(stream)} tokens do not fill one block of {block_size}: lower block_size"
         )
     return torch.tensor(stream[: blocks * block_size]).view(blocks, block_size)
-
-
-def pad(rows: list[list[int]], pad_token_id: int, left: bool) -> tuple[Tensor, Tensor]:
-    """Rows as tokens [B, L] int64 and mask [B, L] bool, padded on one side."""
-    length = max(1, max(len(row) for row in rows))
-    tokens = torch.full((len(rows), length), pad_token_id)
-    mask = torch.zeros(len(rows), length, dtype=torch.bool)
-    for index, row in enumerate(rows):
-        where = slice(length - len(row), length) if left else slice(0, len(row))
-        tokens[index, where] = torch.tensor(row, dtype=torch.int64)
-        mask[index, where] = True
-    return tokens, mask

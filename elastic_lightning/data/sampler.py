@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.utils.data import Sampler
+
+CYCLE = 1000  # epochs of a run before an endless sampler's second round meets the order of a first
 
 
 class EpochSampler(Sampler[int]):
@@ -46,3 +49,112 @@ class EpochSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+class LengthSampler(Sampler[list[int]]):
+    """Batches of rows of like length, for one rank: little padding, and still a pure function of (seed, epoch).
+
+    An epoch is a fresh permutation, sorted by length and cut into global batches, which come in random order; rows of
+    equal length meet by chance. As in `EpochSampler` a global batch holds the same rows on any number of ranks. Give it
+    to a `DataLoader` as its `batch_sampler`. The number of batches is that of every epoch.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows a batch on one rank; each epoch leaves out a few rows at random, so that all batches are whole.
+        batch_tokens: instead of `batch_size`: the tokens that rows times the longest of them may make on one rank.
+        times: how often an epoch has each row; once by default.
+        seed: of the permutations.
+        rank: of this process.
+        world_size: number of processes.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int | None = None,
+        batch_tokens: int | None = None,
+        times: Sequence[int] | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if (batch_size is None) == (batch_tokens is None):
+            raise ValueError("give exactly one of batch_size and batch_tokens")
+        self.seed, self.rank, self.world_size, self.epoch = seed, rank, world_size, 0
+        self.rows = torch.arange(len(lengths))
+        if times is not None:
+            self.rows = self.rows.repeat_interleave(torch.tensor(times))
+        self.lengths = torch.tensor(lengths)[self.rows]
+        if batch_size is not None:
+            step = batch_size * world_size
+            self.ends = list(range(step, len(self.rows) + 1, step))
+        else:
+            self.ends = _ends_within(sorted(self.lengths.tolist()), batch_tokens * world_size, world_size)
+
+    @property
+    def sampler(self) -> LengthSampler:
+        """Where Lightning looks for `set_epoch` in a loader that has a batch sampler."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if not self.ends:
+            return
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.rows), generator=generator)[: self.ends[-1]]
+        order = order[self.lengths[order].argsort(stable=True)]
+        starts = [0, *self.ends[:-1]]
+        for batch in torch.randperm(len(self.ends), generator=generator).tolist():
+            share = order[starts[batch] : self.ends[batch]][self.rank :: self.world_size]
+            yield self.rows[share].tolist()
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+
+class EndlessSampler(Sampler[list[int]]):
+    """Epoch after epoch of a sampler, without end: for a loader that accompanies another one, which ends.
+
+    What epoch e of the run draws begins with the sampler's epoch e, and is as pure a function of the epoch.
+    """
+
+    def __init__(self, epochs: LengthSampler) -> None:
+        self.epochs, self.epoch = epochs, 0
+
+    @property
+    def sampler(self) -> EndlessSampler:
+        """Where Lightning looks for `set_epoch` in a loader that has a batch sampler."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for cycle in itertools.count():
+            self.epochs.set_epoch(self.epoch + cycle * CYCLE)
+            yield from self.epochs
+
+
+def sorted_in_batches(lengths: Sequence[int], batch_size: int, seed: int) -> list[int]:
+    """An order of all rows in which each batch holds rows of like length; the last, smaller batch stays the last."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    whole = len(order) // batch_size
+    batches = torch.randperm(whole, generator=torch.Generator().manual_seed(seed)).tolist()
+    starts = [batch * batch_size for batch in [*batches, whole]]
+    return [row for start in starts for row in order[start : start + batch_size]]
+
+
+def _ends_within(lengths: Sequence[int], tokens: int, least: int) -> list[int]:
+    """Where to cut rows of rising length, so that rows times the longest make `tokens` at most, but `least` rows."""
+    ends, start = [], 0
+    for row, length in enumerate(lengths):
+        if row - start >= least and (row - start + 1) * length > tokens:
+            ends.append(row)
+            start = row
+    if ends and len(lengths) - start < least:
+        ends.pop()  # too few for every rank: they join the batch before
+    return [*ends, len(lengths)] if len(lengths) >= least else []

@@ -11,13 +11,16 @@ from elastic_lightning.errors import UserError
 PAD, EOS = "<pad>", "<eos>"
 
 
-def train_bpe(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerBase:
-    """Byte-level BPE (as GPT-2's) of `vocabulary` tokens, with a pad and an end-of-text token of their own."""
+def train_bpe(texts: Iterable[str], vocabulary: int, lower_case: bool = False) -> PreTrainedTokenizerBase:
+    """Byte-level BPE (as GPT-2's) of `vocabulary` tokens, with a pad and an end-of-text token of their own.
+
+    With `lower_case` it lowers what it reads, then and ever after.
+    """
     from tokenizers import ByteLevelBPETokenizer
 
     if vocabulary < 258:
         raise UserError(f"a byte-level vocabulary has 256 bytes and 2 special tokens at least, got {vocabulary}")
-    bpe = ByteLevelBPETokenizer()
+    bpe = ByteLevelBPETokenizer(lowercase=lower_case)
     bpe.train_from_iterator(texts, vocab_size=vocabulary, special_tokens=[PAD, EOS], show_progress=False)
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token=PAD, eos_token=EOS, padding_side="left")
 
@@ -26,14 +29,14 @@ def main(argv: list[str]) -> int:
     """``elastic-lightning tokenizer``: train a tokenizer on a data module's texts and save it."""
     from jsonargparse import ArgumentParser
 
-    from elastic_lightning.data.reviews import ReviewsDataModule
+    from elastic_lightning.data.module import TextDataModule
 
     parser = ArgumentParser(
         prog="elastic-lightning tokenizer",
         description="Train a tokenizer on a data module's texts.",
         exit_on_error=False,
     )
-    parser.add_subclass_arguments(ReviewsDataModule, "data", required=True, help="the data module")
+    parser.add_subclass_arguments(TextDataModule, "data", required=True, help="the data module")
     parser.add_argument("--vocabulary", type=int, default=8192, help="number of tokens")
     parser.add_argument("--output", type=str, required=True, help="folder to write")
     arguments = parser.parse_args(argv)

@@ -13,26 +13,33 @@ from elastic_lightning.data.toy_grammar import ReviewGrammar, review_grammar
 NOISE = 0.01  # share of the uniform mixture that keeps the likelihood of a broken review finite
 
 
-class _ToyMetric(Metric):
-    """A ratio of two sums over (prompt, response) pairs; nan while the denominator is zero.
-
-    `complete[i]` says that response `i` ended by itself (with the end-of-sequence token): then prompt and response
-    must be a whole review, otherwise the beginning of one.
-    """
+class RatioMetric(Metric):
+    """A ratio of two sums over (prompt, response) pairs; nan while the denominator is zero."""
 
     name: str
     full_state_update = False
     numerator: Tensor
     denominator: Tensor
 
-    def __init__(self, grammar: ReviewGrammar | None = None, **kwargs) -> None:
+    def __init__(self, **kwargs) -> None:
         super().__init__(**kwargs)
-        self.grammar = grammar or review_grammar()
         self.add_state("numerator", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("denominator", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def compute(self) -> Tensor:
         return torch.where(self.denominator > 0, self.numerator / self.denominator, torch.nan)
+
+
+class _ToyMetric(RatioMetric):
+    """Measured against a grammar of reviews.
+
+    `complete[i]` says that response `i` ended by itself (with the end-of-sequence token): then prompt and response
+    must be a whole review, otherwise the beginning of one.
+    """
+
+    def __init__(self, grammar: ReviewGrammar | None = None, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.grammar = grammar or review_grammar()
 
 
 class ToyAcceptance(_ToyMetric):

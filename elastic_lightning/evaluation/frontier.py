@@ -8,9 +8,12 @@ from elastic_lightning.evaluation.comparison import Method, common_steps, errors
 
 LABELS = {
     "kl": "KL to the initial policy (nats per sequence)",
+    "bleu_message_lost": "drift: BLEU of the messages lost",
+    "bleu_task": "task: BLEU of the chain",
     "reward": "mean reward",
     "perplexity": "perplexity on human text",
     "toy_accept": "share of samples the grammar accepts",
+    "toy_english": "share of messages that are English",
 }
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe-Ito, for every eye
 
@@ -24,7 +27,7 @@ def draw(path: Path, methods: list[Method], names: list[str]) -> None:
         [["frontier", "reward"], ["frontier", "drift"], ["frontier", "extra"]], width_ratios=(1.7, 1)
     )
     color = {m.name: COLORS[i % len(COLORS)] for i, m in enumerate(methods)}
-    extra = next((name for name in ("toy_accept", "perplexity") if name in names[2:]), None)
+    extra = next((name for name in ("toy_accept", "toy_english", "perplexity") if name in names[2:]), None)
     for m in methods:
         draw_path(panels["frontier"], m, color[m.name])
         draw_curve(panels["reward"], m, m.steps, m.reward, color[m.name])

@@ -123,7 +123,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or one above several")
     parser.add_argument("--output", type=Path, help="default: 'report' beside the runs")
     parser.add_argument("--reward", default=REWARD, metavar="TAG", help="TensorBoard tag of the reward (%(default)s)")
-    parser.add_argument("--drift", default=DRIFT, metavar="TAG", help="TensorBoard tag of the drift (%(default)s)")
+    parser.add_argument(
+        "--drift",
+        default=DRIFT,
+        metavar="TAG",
+        help="TensorBoard tag of the drift (%(default)s); lost:TAG is what is lost of a score",
+    )
     given = parser.parse_args(argv)
     runs, left_out = collect(given.runs, given.reward, given.drift)
     if not runs:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from elastic_lightning.errors import UserError
 
 REWARD, DRIFT = "val/reward", "val/kl"
+LOST = "lost:"  # before the tag of something good: the drift is how much of it is lost since the start
 
 
 class Run(NamedTuple):
@@ -21,7 +22,9 @@ class Run(NamedTuple):
 
 
 def short(tag: str) -> str:
-    """The column of a TensorBoard tag: `val/kl` is `kl`, other tags keep their name."""
+    """The column of a TensorBoard tag: `val/kl` is `kl`, `lost:val/bleu` is `bleu_lost`, other tags keep their name."""
+    if tag.startswith(LOST):
+        return f"{short(tag.removeprefix(LOST))}_lost"
     return tag.removeprefix("val/")
 
 
@@ -45,12 +48,16 @@ def reset_steps(counts: dict[int, float]) -> list[int]:
 def read_run(folder: Path, reward: str, drift: str) -> Run | None:
     """The run in `folder`, or None if it did not log both tags."""
     scalars = read_scalars(folder)
+    good = scalars.get(drift.removeprefix(LOST)) if drift.startswith(LOST) else None
+    if good:
+        scalars[drift] = {step: good[min(good)] - value for step, value in good.items()}
     if reward not in scalars or drift not in scalars:
         return None
     metrics = {short(tag): scalars[tag] for tag in scalars if tag.startswith("val/") or tag in (reward, drift)}
     name = re.fullmatch(r"seed_(\d+)", folder.name)
     method, seed = (folder.parent.name, int(name[1])) if name else (folder.name, 0)
-    return Run(method, seed, folder, metrics, reset_steps(scalars.get("reset/count", {})))
+    counts = [scalars[tag] for tag in scalars if re.fullmatch(r"reset(\[.*\])?/count", tag)]  # one a callback
+    return Run(method, seed, folder, metrics, sorted({step for count in counts for step in reset_steps(count)}))
 
 
 def event_folders(folders: list[Path]) -> list[Path]:

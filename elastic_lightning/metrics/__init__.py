@@ -9,14 +9,14 @@ from elastic_lightning.metrics.diversity import DistinctN
 from elastic_lightning.metrics.frequency import TokenFrequencyDivergence
 from elastic_lightning.metrics.kl import SequenceKL
 from elastic_lightning.metrics.language_model import LanguageModelNLL
+from elastic_lightning.metrics.mean import Mean
 from elastic_lightning.metrics.perplexity import TokenPerplexity
-from elastic_lightning.metrics.reward import MeanReward
 
 __all__ = [
     "CorpusBLEU",
     "DistinctN",
     "LanguageModelNLL",
-    "MeanReward",
+    "Mean",
     "SequenceKL",
     "TokenFrequencyDivergence",
     "TokenPerplexity",

@@ -3,6 +3,7 @@
 from elastic_lightning.policies.actor_critic import ActorCritic, Evaluation
 from elastic_lightning.policies.batches import PairedTexts, Prompts, Responses, right_padded
 from elastic_lightning.policies.causal import CausalLM
+from elastic_lightning.policies.encoding import encode_source, encode_target, pad
 from elastic_lightning.policies.graph_sampling import GraphSampler
 from elastic_lightning.policies.language_model import PolicyLM
 from elastic_lightning.policies.loading import (
@@ -14,11 +15,13 @@ from elastic_lightning.policies.loading import (
     load_source,
     load_tokenizer,
 )
+from elastic_lightning.policies.pairs import GameEvaluationBatch, TranslationBatch
 from elastic_lightning.policies.reference import AdapterOff, FrozenCopy, make_reference
 from elastic_lightning.policies.rollout_copy import RolloutCopy
-from elastic_lightning.policies.sampling import Rollout, Sampling, counter_uniforms, draw, sample
+from elastic_lightning.policies.sampling import Rollout, Sampling, counter_uniforms, draw, greedy, sample
 from elastic_lightning.policies.seq2seq import Seq2SeqLM
-from elastic_lightning.policies.text import Texts, decode_texts, encode_sources, encode_targets, ended
+from elastic_lightning.policies.text import Texts, decode_texts, ended
+from elastic_lightning.policies.translator import Translator, load_translator
 
 __all__ = [
     "ActorCritic",
@@ -26,6 +29,7 @@ __all__ = [
     "CausalLM",
     "Evaluation",
     "FrozenCopy",
+    "GameEvaluationBatch",
     "GraphSampler",
     "LoRA",
     "LoadedPolicy",
@@ -39,17 +43,22 @@ __all__ = [
     "Sampling",
     "Seq2SeqLM",
     "Texts",
+    "TranslationBatch",
+    "Translator",
     "as_policy",
     "counter_uniforms",
     "decode_texts",
     "draw",
-    "encode_sources",
-    "encode_targets",
+    "encode_source",
+    "encode_target",
     "ended",
+    "greedy",
     "load_policy",
     "load_source",
     "load_tokenizer",
+    "load_translator",
     "make_reference",
+    "pad",
     "right_padded",
     "sample",
 ]

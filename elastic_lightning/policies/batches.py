@@ -28,6 +28,19 @@ class PairedTexts(NamedTuple):
     source: Prompts
     target: Responses
 
+    def rows(self, index: Tensor) -> PairedTexts:
+        """The given rows."""
+        return PairedTexts(*(type(part)(*(tensor[index] for tensor in part)) for part in self))
+
+    def trimmed(self) -> PairedTexts:
+        """Without the columns that are padding in every row."""
+        source, target = (int(part.mask.sum(dim=1).max()) for part in self)
+        skipped = self.source.tokens.shape[1] - source
+        return PairedTexts(
+            Prompts(*(tensor[:, skipped:] for tensor in self.source)),
+            Responses(*(tensor[:, :target] for tensor in self.target)),
+        )
+
 
 def right_padded(prompts: Prompts) -> Prompts:
     """The same prompts with their padding at the end: encoders with absolute positions count from the first column."""

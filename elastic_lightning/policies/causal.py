@@ -14,9 +14,10 @@ from elastic_lightning.errors import UserError
 from elastic_lightning.functional import TokenStatistics
 from elastic_lightning.policies.batches import Prompts, Responses
 from elastic_lightning.policies.cache import PreallocatedLayer
+from elastic_lightning.policies.encoding import pad
 from elastic_lightning.policies.language_model import PolicyLM
 from elastic_lightning.policies.layers import checkpointed, layer_stack, recorded, replayed, train_upper_layers
-from elastic_lightning.policies.text import Texts, decode_texts, encode_prompts
+from elastic_lightning.policies.text import Texts, decode_texts
 
 
 @dataclass
@@ -155,7 +156,8 @@ class CausalLM(PolicyLM):
     # Texts ------------------------------------------------------------------------------------------------------
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Prompts:
-        return encode_prompts(tokenizer, texts)
+        rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # to be continued: without an end
+        return Prompts(*pad(rows, tokenizer.pad_token_id, left=True))
 
     def decode(self, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, responses: Responses) -> Texts:
         return decode_texts(tokenizer, prompts, responses)

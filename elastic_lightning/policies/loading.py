@@ -140,7 +140,7 @@ def load_source(source: ModelSource) -> LoadedPolicy:
 
 
 def as_policy(model: nn.Module, trainable_layers: int | None = None, gradient_checkpointing: bool = False) -> PolicyLM:
-    """The policy class that serves this model; see `CausalLM` for the arguments.
+    """The model as a policy of its kind, see `CausalLM` for the arguments: the one place that asks which it is.
 
     Raises:
         UserError: the architecture is not supported, or an encoder-decoder is to have `trainable_layers`.
@@ -148,7 +148,7 @@ def as_policy(model: nn.Module, trainable_layers: int | None = None, gradient_ch
     if not model.config.is_encoder_decoder:
         return CausalLM(model, trainable_layers, gradient_checkpointing)
     if trainable_layers is not None:
-        raise UserError("execution.trainable_layers works with causal language models alone: leave it out")
+        raise UserError("execution.trainable_layers is for decoder-only models; leave it out for an encoder-decoder")
     return Seq2SeqLM(model, gradient_checkpointing)
 
 
@@ -157,7 +157,7 @@ def load_tokenizer(path: str, gguf_file: str | None = None, trust_remote_code: b
 
     With pad = eos the model never learns to stop, because the mask that hides padding hides the end of text too. The
     embedding is not resized: pad ids are masked, and replaced by 0, before every forward. Some tokenizers (Marian's,
-    T5's) append the end-of-text token to what they encode; `text` encodes without and puts it where it belongs.
+    T5's) append the end-of-text token to what they encode; `encoding` ends each text once.
     """
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     if not Path(path).exists() and hub_offline():
@@ -215,11 +215,14 @@ def add_lora(model: PreTrainedModel, lora: LoRA, task_type: str) -> nn.Module:
     """Freeze `model` and add trainable low-rank adapters."""
     from peft import LoraConfig, get_peft_model
 
+    targets = lora.targets
+    if targets is None and model.config.model_type == "marian":
+        targets = ["q_proj", "v_proj"]  # what peft chooses for BART, of the same layers; it has no choice for Marian
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=lora.targets,
+        target_modules=targets,
         task_type=task_type,
         fan_in_fan_out=model.config.model_type == "gpt2",  # its projections are Conv1D, weights stored transposed
     )

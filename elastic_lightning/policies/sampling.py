@@ -100,6 +100,26 @@ def sample(
     return finish(policy, prompts, *(torch.stack(column, dim=1) for column in zip(*columns, strict=True)))
 
 
+@torch.no_grad()
+def greedy(
+    lm: PolicyLM, prompts: Prompts, max_new_tokens: int, eos_token_id: int | None, pad_token_id: int
+) -> Responses:
+    """The most likely token at each step, up to the end-of-text token: one response a prompt, without a policy."""
+    state, hidden = lm.start(prompts, max_new_tokens - 1)
+    alive = torch.ones(len(prompts.tokens), dtype=torch.bool, device=prompts.tokens.device)
+    columns: list[tuple[Tensor, Tensor]] = []
+    for position in range(max_new_tokens):
+        tokens = lm.logits(hidden).argmax(dim=-1)
+        columns.append((torch.where(alive, tokens, pad_token_id), alive))
+        if eos_token_id is not None:
+            alive = alive & (tokens != eos_token_id)
+            if not alive.any():
+                break
+        if position + 1 < max_new_tokens:
+            hidden = lm.step(state, torch.where(alive, tokens, 0))
+    return Responses(*(torch.stack(column, dim=1) for column in zip(*columns, strict=True)))
+
+
 def choose(
     policy: ActorCritic,
     lm: PolicyLM,

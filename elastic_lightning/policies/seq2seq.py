@@ -14,9 +14,10 @@ from elastic_lightning.errors import UserError
 from elastic_lightning.functional import TokenStatistics
 from elastic_lightning.policies.batches import Prompts, Responses, right_padded
 from elastic_lightning.policies.cache import PreallocatedLayer
+from elastic_lightning.policies.encoding import encode_source, pad
 from elastic_lightning.policies.language_model import PolicyLM
 from elastic_lightning.policies.layers import checkpointed
-from elastic_lightning.policies.text import Texts, decode_apart, encode_sources
+from elastic_lightning.policies.text import Texts, decode_apart
 
 
 class EncoderDecoder(nn.Module):
@@ -135,7 +136,8 @@ class Seq2SeqLM(PolicyLM):
     # Texts ------------------------------------------------------------------------------------------------------
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Prompts:
-        return encode_sources(tokenizer, texts)
+        rows = encode_source(tokenizer, texts, eos=True)
+        return Prompts(*pad(rows, tokenizer.pad_token_id, left=True))
 
     def decode(self, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, responses: Responses) -> Texts:
         return decode_apart(tokenizer, prompts, responses)

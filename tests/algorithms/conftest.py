@@ -52,12 +52,11 @@ class Toy:
 
     eos, pad, reward_class = EOS, PAD, WordShare
 
-    def __init__(self, folder: Path, auto_class: type = AutoModelForCausalLM, targets: list[str] | None = None) -> None:
-        self.folder, self.auto_class, self.targets = str(folder), auto_class, targets
+    def __init__(self, folder: Path, auto_class: type = AutoModelForCausalLM) -> None:
+        self.folder, self.auto_class = str(folder), auto_class
 
     def source(self, lora: bool = False, **options) -> ModelSource:
-        adapter = LoRA(rank=4, alpha=8.0, targets=self.targets) if lora else None
-        return ModelSource(self.folder, lora=adapter, **options)
+        return ModelSource(self.folder, lora=LoRA(rank=4, alpha=8.0) if lora else None, **options)
 
     def ppo(self, *, lora=False, reward=None, sampling=None, seed=0, head_noise=0.3, **options) -> Recording:
         """A PPO module; `options` are those of `PPOConfig`, `PPO` takes the rest. The value head is not left at 0."""
@@ -181,10 +180,10 @@ def toy(tmp_path_factory) -> Toy:
 @pytest.fixture(scope="session")
 def encoder_decoder_toys(tmp_path_factory, encoder_decoder) -> dict[str, Toy]:
     toys = {}
-    for kind, targets in (("marian", ["q_proj", "v_proj"]), ("bart", None), ("t5", None)):
+    for kind in ("marian", "bart", "t5"):
         folder = tmp_path_factory.mktemp(kind)
         encoder_decoder(kind, save_tokenizer(folder), PAD, EOS).save_pretrained(folder)
-        toys[kind] = Toy(folder, AutoModelForSeq2SeqLM, targets)
+        toys[kind] = Toy(folder, AutoModelForSeq2SeqLM)
     return toys
 
 

@@ -189,3 +189,12 @@ def test_a_language_model_of_its_own_reads_the_samples(toy, tmp_path):
     assert saved and all(name.startswith("actor.") for name in saved)
     assert not any("metric" in name for name in module.state_dict())
     toy.trainer(tmp_path).validate(build(), toy.loader([batch]), ckpt_path=tmp_path / "saved.ckpt", verbose=False)
+
+
+def test_a_fit_that_validates_may_follow_a_validation(toy, tmp_path):
+    """Lightning resets metrics in inference mode, and what is made there cannot be changed in place later."""
+    module, loader = toy.ppo(), toy.loader([toy.prompts(), human(toy)])
+    toy.trainer(tmp_path).validate(module, loader, verbose=False)
+    trainer = toy.trainer(tmp_path, check_val_every_n_epoch=1)
+    trainer.fit(module, toy.loader([toy.prompts()]), loader)
+    assert trainer.callback_metrics["val/length"] > 0

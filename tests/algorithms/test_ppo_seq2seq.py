@@ -109,7 +109,7 @@ def test_less_memory_changes_nothing(seq2seq_toy, tmp_path, execution):
 
 
 def test_a_policy_that_is_unknown_to_an_option_is_refused(seq2seq_toy):
-    with pytest.raises(UserError, match="trainable_layers works with causal language models alone"):
+    with pytest.raises(UserError, match="trainable_layers is for decoder-only models"):
         seq2seq_toy.ppo(execution=Execution(trainable_layers=1))
 
 

@@ -10,9 +10,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from elastic_lightning.algorithms import AdamWConfig, TranslationBatch, TranslationModel
+from elastic_lightning.algorithms import AdamWConfig, TranslationModel
 from elastic_lightning.errors import UserError
-from elastic_lightning.policies import LoRA, ModelSource, PairedTexts, Prompts, Responses
+from elastic_lightning.policies import LoRA, ModelSource, PairedTexts, Prompts, Responses, TranslationBatch
 
 EOS, PAD, UNK = 28, 29, 27  # of the toy tokenizer
 BART_LIKE = {
@@ -262,8 +262,10 @@ def test_bad_options_are_refused(toy, options, part):
 
 
 def test_models_that_cannot_translate_are_refused(toy, tmp_path):
-    with pytest.raises(UserError, match="GPT2LMHeadModel is no encoder-decoder"):
-        TranslationModel(ModelSource(toy.folder))
+    with pytest.raises(UserError, match="no encoder-decoder"):
+        TranslationModel(ModelSource(toy.folder))  # GPT-2
+    with pytest.raises(UserError, match="no encoder-decoder"):
+        TranslationModel(ModelSource(architecture={"model_type": "gpt2"}, tokenizer=toy.folder))
     module = build(toy, T5)
     for config in (module.model.config, module.model.generation_config):
         config.decoder_start_token_id = None
@@ -272,16 +274,16 @@ def test_models_that_cannot_translate_are_refused(toy, tmp_path):
         TranslationModel(ModelSource(str(tmp_path / "no_start")))
 
 
-@pytest.mark.parametrize(("name", "length"), [("max_tokens", 25), ("max_new_tokens", 25)])
-def test_texts_beyond_the_context_are_refused(toy, tmp_path, name, length):
+@pytest.mark.parametrize("name", ["max_prompt_tokens", "max_target_tokens", "max_new_tokens"])
+def test_texts_beyond_the_context_are_refused(toy, tmp_path, name):
     from lightning import LightningDataModule
 
     class Data(LightningDataModule):
-        max_tokens = length if name == "max_tokens" else 24
-
         def train_dataloader(self):
             return toy.loader([reversal(4, 0)])
 
-    module = build(toy, max_new_tokens=length if name == "max_new_tokens" else 24)
+    longest = dict.fromkeys(("max_prompt_tokens", "max_target_tokens", "max_new_tokens"), 24) | {name: 25}
+    module, data = build(toy, max_new_tokens=longest.pop("max_new_tokens")), Data()
+    vars(data).update(longest)
     with pytest.raises(UserError, match=f"{name} 25 is longer than the model's context 24"):
-        toy.trainer(tmp_path).fit(module, datamodule=Data())
+        toy.trainer(tmp_path).fit(module, datamodule=data)

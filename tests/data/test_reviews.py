@@ -7,11 +7,11 @@ import torch
 
 from elastic_lightning.data import IMDBDataModule, ToyReviewsDataModule
 from elastic_lightning.data.files import read_splits
-from elastic_lightning.data.reviews import first_words, pack, pad
+from elastic_lightning.data.reviews import first_words, pack
 from elastic_lightning.data.tokenizers import main as tokenizer_main
 from elastic_lightning.data.tokenizers import train_bpe
 from elastic_lightning.errors import UserError
-from elastic_lightning.policies import load_tokenizer
+from elastic_lightning.policies import load_tokenizer, pad
 
 TEXTS = [f"review number {i} is about a<br /><br />film that lasts {i} hours" for i in range(50)]
 ROWS = [{"text": text, "label": i % 2} for i, text in enumerate(TEXTS)]

@@ -1,4 +1,11 @@
-from elastic_lightning.data.sampler import EpochSampler
+import itertools
+from collections import Counter
+
+import pytest
+from lightning.fabric.utilities.data import _set_sampler_epoch
+from torch.utils.data import DataLoader
+
+from elastic_lightning.data.sampler import EndlessSampler, EpochSampler, LengthSampler, sorted_in_batches
 
 
 def test_an_epoch_is_a_permutation_that_seed_and_epoch_decide():
@@ -27,3 +34,122 @@ def test_evaluation_covers_every_row_once_on_any_number_of_ranks():
             for r in EpochSampler(10, 4, shuffle=False, rank=rank, world_size=world_size)
         ]
         assert sorted(rows) == list(range(10))
+
+
+LENGTHS = [3 + (7 * row) % 31 for row in range(200)]
+
+
+def test_batches_by_length_hold_each_row_once():
+    sampler = LengthSampler(LENGTHS, batch_size=8, seed=3)
+    batches = list(sampler)
+    assert [len(batch) for batch in batches] == [8] * 25 and len(sampler) == 25
+    assert sorted(row for batch in batches for row in batch) == list(range(200))
+
+
+def test_batches_by_length_are_those_of_sorted_rows_in_another_order():
+    batches = list(LengthSampler(LENGTHS, batch_size=8, seed=3))
+    spans = [(min(LENGTHS[row] for row in batch), max(LENGTHS[row] for row in batch)) for batch in batches]
+    assert spans != sorted(spans)
+    ordered = sorted(LENGTHS)
+    assert sorted(spans) == [(ordered[start], ordered[start + 7]) for start in range(0, 200, 8)]
+
+
+def test_batches_by_length_are_a_function_of_seed_and_epoch():
+    sampler = LengthSampler(LENGTHS, batch_size=8, seed=3)
+    first = list(sampler)
+    assert list(sampler) == first == list(LengthSampler(LENGTHS, batch_size=8, seed=3))
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert {frozenset(batch) for batch in first} != {frozenset(batch) for batch in second}
+    assert list(LengthSampler(LENGTHS, batch_size=8, seed=4)) != first
+
+
+@pytest.mark.parametrize("size", [{"batch_size": 12}, {"batch_tokens": 240}])
+def test_ranks_share_the_batches_by_length_of_one_rank(size):
+    ((name, number),) = size.items()
+    whole = list(LengthSampler(LENGTHS, **{name: number}, seed=1))
+    ranks = [list(LengthSampler(LENGTHS, **{name: number // 4}, seed=1, rank=rank, world_size=4)) for rank in range(4)]
+    assert len(ranks[0]) == len(whole)
+    for batch, *shares in zip(whole, *ranks, strict=True):
+        assert sorted(batch) == sorted(row for share in shares for row in share)
+        assert max(map(len, shares)) - min(map(len, shares)) <= (0 if name == "batch_size" else 1)
+        assert all(shares)
+
+
+def test_what_fills_no_batch_is_left_out_at_random():
+    sampler, left_out = LengthSampler(LENGTHS[:30], batch_size=8, seed=1), set()
+    for epoch in range(20):
+        sampler.set_epoch(epoch)
+        seen = [row for batch in sampler for row in batch]
+        assert len(seen) == 24 == len(set(seen))
+        left_out |= set(range(30)) - set(seen)
+    assert len(left_out) > 20
+    assert list(LengthSampler(LENGTHS[:7], batch_size=8)) == []
+
+
+def test_batches_of_so_many_tokens():
+    sampler = LengthSampler(LENGTHS, batch_tokens=100, seed=1)
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        assert len(batches) == len(sampler)
+        assert sorted(row for batch in batches for row in batch) == list(range(200))
+        spans = [sorted(LENGTHS[row] for row in batch) for batch in batches]
+        spans.sort(key=lambda span: (span[0], span[-1], -len(span)))
+        assert all(len(span) * span[-1] <= 100 for span in spans)
+        for span, following in itertools.pairwise(spans):  # not one more would have fitted
+            assert span[-1] <= following[0] and (len(span) + 1) * following[0] > 100
+
+
+def test_a_row_longer_than_the_tokens_is_a_batch_of_its_own():
+    batches = list(LengthSampler([2, 2, 90, 50], batch_tokens=10))
+    assert sorted(map(sorted, batches)) == [[0, 1], [2], [3]]
+    two = [list(LengthSampler([2, 2, 90, 50], batch_tokens=10, rank=rank, world_size=2)) for rank in (0, 1)]
+    assert sorted(sorted(a + b) for a, b in zip(*two, strict=True)) == [[0, 1], [2, 3]]  # no rank goes without
+    three = [list(LengthSampler([5, 5, 5, 9], batch_tokens=5, rank=rank, world_size=3)) for rank in range(3)]
+    assert sorted(row for rank in three for batch in rank for row in batch) == [0, 1, 2, 3]
+    assert [len(rank) for rank in three] == [1, 1, 1]
+
+
+def test_some_rows_come_more_often():
+    times = [3 if length > 20 else 1 for length in LENGTHS]
+    sampler = LengthSampler(LENGTHS, batch_tokens=200, times=times)
+    seen = Counter(row for batch in sampler for row in batch)
+    assert seen == dict(enumerate(times))
+
+
+def test_sizes_exclude_each_other():
+    for size in ({}, {"batch_size": 4, "batch_tokens": 4}):
+        with pytest.raises(ValueError, match="exactly one"):
+            LengthSampler(LENGTHS, **size)
+
+
+def test_the_endless_sampler_is_epoch_after_epoch():
+    sampler = EndlessSampler(LengthSampler(LENGTHS, batch_size=40, seed=2))
+    twelve = list(itertools.islice(sampler, 12))
+    rounds = [twelve[:5], twelve[5:10]]
+    for batches in rounds:
+        assert sorted(row for batch in batches for row in batch) == list(range(200))
+    assert rounds[0] != rounds[1] and rounds[0] == list(LengthSampler(LENGTHS, batch_size=40, seed=2))
+    assert list(itertools.islice(sampler, 12)) == twelve
+    sampler.set_epoch(1)
+    assert list(itertools.islice(sampler, 5)) not in rounds
+    with pytest.raises(TypeError):
+        len(sampler)
+
+
+def test_lightning_reaches_the_epoch_through_a_loader():
+    for sampler in (LengthSampler(LENGTHS, 8), EndlessSampler(LengthSampler(LENGTHS, 8))):
+        _set_sampler_epoch(DataLoader(range(200), batch_sampler=sampler), 5)
+        assert sampler.epoch == 5
+
+
+def test_evaluation_sorted_in_batches():
+    order = sorted_in_batches(LENGTHS, 32, seed=1)
+    assert sorted(order) == list(range(200))
+    batches = [sorted(LENGTHS[row] for row in order[start : start + 32]) for start in range(0, 200, 32)]
+    ordered = sorted(LENGTHS)
+    expected = [ordered[start : start + 32] for start in range(0, 200, 32)]
+    assert sorted(batches) == expected and batches != expected
+    assert batches[-1] == ordered[192:]  # the short batch stays the last
+    assert order == sorted_in_batches(LENGTHS, 32, seed=1)

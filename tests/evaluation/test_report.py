@@ -160,3 +160,14 @@ def test_levels_on_a_path():
     assert math.isnan(drift_at(0.95, reward, drift))
     assert reward_at(4.0, reward, drift) == pytest.approx(0.75)  # halfway along the last stretch
     assert math.isnan(reward_at(-1.0, reward, drift))
+
+
+def test_the_drift_may_be_what_is_lost_of_a_score(tmp_path):
+    """BLEU falls: the drift is how far below its start it is. Both of two callbacks' resets are marked."""
+    scalars = path([0.1, 0.5, 0.9], [0, 1, 2], **{"val/bleu": [50.0, 30.0, 55.0]})
+    scalars |= {"reset[sender.*]/count": {10: 1}, "reset[receiver.*]/count": {20: 1}}
+    write_run(tmp_path / "game" / "seed_1", scalars)
+    (run,), left_out = collect([tmp_path], "val/reward", "lost:val/bleu")
+    assert not left_out and run.resets == [10, 20]
+    assert run.metrics["bleu_lost"] == {0: 0.0, 10: 20.0, 20: -5.0}
+    assert collect([tmp_path], "val/reward", "lost:val/other")[0] == []

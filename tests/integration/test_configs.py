@@ -6,13 +6,15 @@ import pytest
 import yaml
 
 from elastic_lightning.cli import main
+from elastic_lightning.data import ToyTranslationDataModule
 from elastic_lightning.evaluation.stages import read_pipeline
 from elastic_lightning.lightning_cli import ElasticCLI
-from elastic_lightning.policies import ModelSource
+from elastic_lightning.policies import ModelSource, load_policy
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
 METHODS = [path for path in FILES if path.name != "pipeline.yaml" and path.parts[1] != "trainer"]
+GAMES = ("policy_gradient", "frozen", "kl", "s2p", "sil", "elastic_reset")
 OVERLAYS = [path for path in FILES if path.parts[1] == "trainer"]
 PIPELINES = [path for path in FILES if path.name == "pipeline.yaml"]
 
@@ -56,7 +58,7 @@ def test_a_pipeline_is_sound(path, tmp_path):
         command, *arguments = run.arguments
         if command in ("fit", "test"):
             init = parse(*arguments, command=command).model.init_args
-            source = init.get("policy") or init.get("classifier")
+            source = init.get("policy") or init.get("classifier") or init["sender"]
             ModelSource(**{field: source[field] for field in ("path", "architecture", "tokenizer")})
 
 
@@ -87,6 +89,75 @@ def test_a_toy_supervised_stage_runs(stage, toy, tmp_path):
 def test_a_toy_method_runs(method, toy_fit, tmp_path):
     assert main([*toy_fit(f"configs/toy/{method}.yaml"), "--trainer.fast_dev_run=true"]) == 0
     assert not (tmp_path / "run" / "seed_1" / "final").exists()
+
+
+@pytest.fixture(scope="module")
+def translators(tmp_path_factory):
+    """Folder of random translators over the toy languages, both the same."""
+    folder = tmp_path_factory.mktemp("translators")
+    ToyTranslationDataModule().train_tokenizer(0).save_pretrained(folder)
+    size = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    size |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 64}
+    load_policy(architecture={"model_type": "marian", **size}, tokenizer=str(folder)).model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", GAMES)
+def test_a_toy_game_runs(method, translators, tmp_path):
+    arguments = [
+        "fit",
+        f"--config=configs/translation/toy/{method}.yaml",
+        f"--model.init_args.sender.path={translators}",
+        f"--model.init_args.receiver.path={translators}",
+        "--data.init_args.train_pairs=200",
+        "--data.init_args.batch_size=8",
+        "--data.init_args.eval_pairs=8",
+        "--trainer.fast_dev_run=2",
+        f"--trainer.logger.init_args.save_dir={tmp_path}",
+    ]
+    assert main(arguments) == 0
+
+
+@pytest.mark.parametrize("name", ["sender", "receiver"])
+def test_a_toy_translator_is_pretrained(name, translators, tmp_path):
+    arguments = [
+        "fit",
+        f"--config=configs/translation/toy/{name}.yaml",
+        f"--model.init_args.policy.tokenizer={translators}",
+        "--data.init_args.train_pairs=300",
+        "--data.init_args.eval_pairs=8",
+        "--trainer.max_epochs=1",
+        "--trainer.check_val_every_n_epoch=1",
+        f"--trainer.logger.init_args.save_dir={tmp_path}",
+    ]
+    assert main(arguments) == 0
+    assert (tmp_path / name / "seed_1" / "final" / "model.safetensors").exists()
+
+
+def test_configs_of_the_games_have_the_same_names():
+    for task in ("toy", "scratch"):
+        names = {path.stem for path in (ROOT / "configs" / "translation" / task).glob("*.yaml")}
+        assert names - {"english"} == {*GAMES, "sender", "receiver", "pipeline"}
+
+
+def test_games_differ_in_their_method_alone():
+    """The comparison is fair: same data, sampling, learning rates and steps."""
+    for task in ("toy", "scratch"):
+        found = []
+        for method in GAMES:
+            config = yaml.safe_load((ROOT / "configs" / "translation" / task / f"{method}.yaml").read_text())
+            for option in ("kl_penalty", "kl_coefficient"):
+                config["model"]["init_args"]["ppo"].pop(option, None)
+            for option in ("freeze_sender", "supervised_weight"):
+                config["model"]["init_args"].pop(option, None)
+            for option in ("fr_en", "en_de"):
+                config["data"]["init_args"].pop(option, None)
+            config["trainer"]["logger"]["init_args"].pop("name")
+            method_callbacks = ("ElasticReset", "IteratedLearning")
+            callbacks = config["trainer"]["callbacks"]
+            config["trainer"]["callbacks"] = [c for c in callbacks if c["class_path"] not in method_callbacks]
+            found.append(config)
+        assert all(config == found[0] for config in found)
 
 
 def test_configs_of_a_task_have_the_same_names():

@@ -11,7 +11,7 @@ from elastic_lightning.functional import distinct_n, jensen_shannon, whiten
 from elastic_lightning.metrics import (
     CorpusBLEU,
     DistinctN,
-    MeanReward,
+    Mean,
     SequenceKL,
     TokenFrequencyDivergence,
     TokenPerplexity,
@@ -38,7 +38,7 @@ def build():
         "kl per token": SequenceKL(per="token"),
         "perplexity": TokenPerplexity(),
         "distinct": DistinctN(2),
-        "reward": MeanReward(),
+        "reward": Mean(),
         "frequency": TokenFrequencyDivergence(5),
         "bleu": CorpusBLEU(),
     }
@@ -101,7 +101,7 @@ def test_by_hand():
             "token": _updated(SequenceKL(per="token"), kl, mask),
             "perplexity": _updated(TokenPerplexity(), kl, mask),
             "distinct": _updated(DistinctN(1), torch.tensor([[7, 7], [8, 9]]), mask),
-            "reward": _updated(MeanReward(), torch.tensor([1.0, 4.0])),
+            "reward": _updated(Mean(), torch.tensor([1.0, 4.0])),
         }
     ) == pytest.approx({"sequence": 4.5, "token": 3, "perplexity": math.exp(3), "distinct": 2 / 3, "reward": 2.5})
 
@@ -153,11 +153,11 @@ def test_forward_returns_the_batch_and_keeps_the_whole():
 
 def test_sums_stay_exact_over_many_small_numbers():
     # A float32 sum would stop growing at 2^24.
-    metric = MeanReward()
+    metric = Mean()
     metric.total += 2.0**24
     metric.update(torch.ones(1, dtype=torch.bfloat16))
     assert metric.total.item() == 2**24 + 1
-    assert {state.dtype for state in (metric.total, metric.responses)} == {torch.float64}
+    assert {state.dtype for state in (metric.total, metric.count)} == {torch.float64}
 
 
 def test_distinct_state_stays_small():

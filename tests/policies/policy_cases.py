@@ -18,15 +18,10 @@ def left_padded(rows, extra=0, pad=0):
     return Prompts(tokens, mask)
 
 
-def lora_of(folder):
-    """A small adapter; peft has no choice of modules for Marian."""
-    return LoRA(rank=2, alpha=4, targets=["q_proj", "v_proj"] if "marian" in folder else None)
-
-
 def make_actor(folder, lora=False, separate_value_trunk=False):
     """A policy whose value head, adapters and value trunk are all away from their start."""
     torch.manual_seed(1)
-    model = load_policy(folder, lora=lora_of(folder) if lora else None).model
+    model = load_policy(folder, lora=LoRA(rank=2, alpha=4) if lora else None).model
     actor = ActorCritic(as_policy(model), separate_value_trunk).eval()
     with torch.no_grad():
         actor.value_head.weight.normal_()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from policy_cases import ROWS, SEQ2SEQ, left_padded, lora_of
+from policy_cases import ROWS, SEQ2SEQ, left_padded
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -23,13 +23,14 @@ from elastic_lightning.policies import (
     ModelSource,
     Sampling,
     as_policy,
-    encode_sources,
-    encode_targets,
+    encode_source,
+    encode_target,
     load_policy,
     load_tokenizer,
     make_reference,
     sample,
 )
+from elastic_lightning.policies.encoding import EncodedPairs, paired
 from elastic_lightning.policies.loading import disable_dropout, load_source
 from elastic_lightning.policies.saving import save_model
 from elastic_lightning.policies.text import decode_apart
@@ -352,9 +353,7 @@ def test_an_encoder_decoder_from_an_architecture_generates_and_is_saved(architec
 
 @pytest.mark.parametrize("folder", SEQ2SEQ)
 def test_an_adapter_of_an_encoder_decoder(tmp_path, folder, request):
-    folder = request.getfixturevalue(folder)
-    lora = lora_of(folder)
-    model, saved = adapter_folder(tmp_path, folder, targets=lora.targets)
+    model, saved = adapter_folder(tmp_path, request.getfixturevalue(folder))
     assert model.peft_config["default"].task_type == "SEQ_2_SEQ_LM"
     loaded = load_policy(saved)
     assert loaded.unmerged_adapter and type(loaded.model) is type(model)
@@ -365,10 +364,16 @@ def test_an_adapter_of_an_encoder_decoder(tmp_path, folder, request):
     assert {name.split(".encoder.")[0] == name for name in trainable} == {True, False}, "in both halves"
 
 
-def test_lora_without_targets_where_peft_has_no_choice_of_its_own(marian_folder):
-    with pytest.raises(UserError) as error:
-        load_policy(marian_folder, lora=LoRA(rank=2))
-    one_line(error, "lora.targets")
+def test_marian_is_adapted_as_bart_is(marian_folder, bart_folder):
+    """Peft has a choice of modules for BART alone."""
+    adapted = []
+    for folder in (marian_folder, bart_folder):
+        model = load_policy(folder, lora=LoRA(rank=2)).model
+        adapted.append({name for name, parameter in model.named_parameters() if parameter.requires_grad})
+    assert adapted[0] == adapted[1] and {name.split(".lora_")[0].split(".")[-1] for name in adapted[0]} == {
+        "q_proj",
+        "v_proj",
+    }
 
 
 @pytest.mark.parametrize("folder", SEQ2SEQ)
@@ -391,7 +396,7 @@ def test_a_tokenizer_that_appends_an_end(tmp_path, word_tokenizer):
     plain.save_pretrained(tmp_path)
     tokenizer = load_tokenizer(str(tmp_path))
     assert tokenizer("w5 w6")["input_ids"] == [5, 6, 1]
-    assert encode_sources(tokenizer, ["w5 w6"]).tokens.tolist() == [[5, 6, 1]], "one end, not two"
+    assert encode_source(tokenizer, ["w5 w6"], eos=True) == [[5, 6, 1]], "one end, not two"
 
 
 def test_the_tokenizer_of_marian(tmp_path):
@@ -413,9 +418,10 @@ def test_the_tokenizer_of_marian(tmp_path):
     tokenizer = load_tokenizer(str(tmp_path))
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, len(vocabulary) - 1)
     assert tokenizer(sources[0])["input_ids"][-1] == 0, "it appends the end itself"
-    pairs = encode_sources(tokenizer, sources), encode_targets(tokenizer, targets)
-    assert [part.tokens.eq(0).sum(dim=1).tolist() for part in pairs] == [[1, 1], [1, 1]], "one end, not two"
-    assert decode_apart(tokenizer, *pairs) == (sources, targets, [True, True])
+    pairs = EncodedPairs(encode_source(tokenizer, sources, eos=True), encode_target(tokenizer, targets))
+    assert all(row.index(0) == len(row) - 1 for side in pairs for row in side), "one end, not two"
+    batch = paired(pairs, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    assert decode_apart(tokenizer, *batch) == (sources, targets, [True, True])
 
 
 # GGUF

@@ -8,13 +8,11 @@ from elastic_lightning.policies import (
     Responses,
     as_policy,
     decode_texts,
-    encode_sources,
-    encode_targets,
     ended,
     load_policy,
     load_tokenizer,
 )
-from elastic_lightning.policies.text import decode_apart, encode_prompts
+from elastic_lightning.policies.text import decode_apart
 
 
 def batch(rows, side, pad):
@@ -113,34 +111,20 @@ def test_a_response_of_its_own_is_decoded_alone(tokenizer_folder, byte_tokenizer
     assert decode_apart(byte_tokenizer, Prompts(*prompts), Responses(*responses)).responses == ["naïve"]
 
 
-@pytest.mark.parametrize(("folder", "prompt", "response"), [("gpt2_folder", "w5", " w6"), ("t5_folder", "w5", "w6")])
-def test_a_policy_decodes_as_it_writes(folder, prompt, response, request):
+@pytest.mark.parametrize(
+    ("folder", "response", "tokens"),
+    [("gpt2_folder", " w6", [[5, 7], [0, 8]]), ("t5_folder", "w6", [[5, 7, 1], [0, 8, 1]])],
+)
+def test_a_policy_knows_how_it_is_asked_and_what_it_answered(folder, response, tokens, request):
+    """A prompt that is continued has no end, one that is answered has."""
     loaded = load_policy(request.getfixturevalue(folder))
     lm = as_policy(loaded.model)
-    prompts = lm.encode(loaded.tokenizer, [prompt])
-    texts = lm.decode(loaded.tokenizer, prompts, Responses(torch.tensor([[6, 1]]), torch.ones(1, 2).bool()))
-    assert texts == ([prompt], [response], [True])
-    assert prompts.tokens.tolist() == ([[5]] if folder == "gpt2_folder" else [[5, 1]])
-
-
-def test_prompts_that_are_continued_have_no_end(tokenizer_folder):
-    tokens, mask = encode_prompts(load_tokenizer(tokenizer_folder), ["w5 w6 w7", "w8"])
-    assert tokens.tolist() == [[5, 6, 7], [0, 0, 8]]
-    assert mask.tolist() == [[True] * 3, [False, False, True]]
-
-
-def test_sources_and_targets_end(tokenizer_folder):
-    tokenizer, texts = load_tokenizer(tokenizer_folder), ["w5 w6 w7", "w8", ""]
-    tokens, mask = encode_sources(tokenizer, texts)
-    assert tokens.tolist() == [[5, 6, 7, 1], [0, 0, 8, 1], [0, 0, 0, 1]]
-    assert mask.tolist() == [[True] * 4, [False, False, True, True], [False, False, False, True]]
-    tokens, mask = encode_targets(tokenizer, texts)
-    assert tokens.tolist() == [[5, 6, 7, 1], [8, 1, 0, 0], [1, 0, 0, 0]]
-    assert mask.tolist() == [[True] * 4, [True, True, False, False], [True, False, False, False]]
-    for encode in (encode_sources, encode_targets):
-        assert encode(tokenizer, texts, longest=3).tokens[0].tolist() == [5, 6, 1]
-    tokenizer.eos_token = None
-    assert encode_targets(tokenizer, texts[:2], longest=2).tokens.tolist() == [[5, 6], [8, 0]]
+    prompts = lm.encode(loaded.tokenizer, ["w5 w7", "w8"])
+    assert prompts.tokens.tolist() == tokens
+    assert prompts.mask.tolist() == [[token != 0 for token in row] for row in tokens]
+    responses = Responses(torch.tensor([[6, 1], [6, 9]]), torch.ones(2, 2, dtype=torch.bool))
+    texts = lm.decode(loaded.tokenizer, prompts, responses)
+    assert texts == (["w5 w7", "w8"], [response, f"{response} w9"], [True, False])
 
 
 def test_ended_reads_valid_tokens_only():

@@ -11,12 +11,14 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import (
     ActorCritic,
+    ModelSource,
     PairedTexts,
     Responses,
     Sampling,
     Seq2SeqLM,
     as_policy,
     load_policy,
+    load_translator,
     sample,
 )
 from elastic_lightning.policies.loading import disable_dropout
@@ -207,8 +209,14 @@ def test_a_decoder_that_cannot_start_is_refused(t5_folder):
         Seq2SeqLM(model)
 
 
+def test_a_translator_is_an_encoder_decoder(gpt2_folder, marian_folder):
+    assert isinstance(load_translator(ModelSource(marian_folder)).lm, Seq2SeqLM)
+    with pytest.raises(UserError, match="no encoder-decoder"):
+        load_translator(ModelSource(gpt2_folder))
+
+
 def test_what_is_for_causal_models_is_refused(model):
-    with pytest.raises(UserError, match="trainable_layers works with causal language models alone"):
+    with pytest.raises(UserError, match="trainable_layers is for decoder-only models"):
         as_policy(model, trainable_layers=1)
     assert not Seq2SeqLM(model).takes_static_masks(64)
 

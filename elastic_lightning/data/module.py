@@ -1,0 +1,51 @@
+"""What all data modules have in common: a tokenizer, and rows whose order is that of a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from elastic_lightning.data.sampler import EpochSampler
+from elastic_lightning.errors import UserError
+from elastic_lightning.policies import load_tokenizer
+
+
+class TextDataModule(LightningDataModule):
+    """Base of the data modules.
+
+    Args:
+        tokenizer: hub id or folder; that of the model being trained by default.
+        seed: of the order of the data and of the split.
+    """
+
+    def __init__(self, tokenizer: str | None, seed: int) -> None:
+        super().__init__()
+        self.tokenizer_path, self.seed = tokenizer, seed
+
+    def train_tokenizer(self, vocabulary: int) -> PreTrainedTokenizerBase:
+        """A tokenizer of the given size for this text."""
+        raise TypeError(f"{type(self).__name__} must override train_tokenizer(vocabulary)")
+
+    def find_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of this name, or that of the model being trained."""
+        if self.tokenizer_path is not None:
+            return load_tokenizer(self.tokenizer_path)
+        if self.trainer is not None:
+            return self.trainer.lightning_module.tokenizer
+        raise UserError("outside a Trainer the data module needs a `tokenizer` (hub id or folder)")
+
+    @property
+    def process(self) -> tuple[int, int]:
+        """Rank of this process and number of processes."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+    def dataloader(
+        self, rows: Sequence[Any], batch_size: int, shuffle: bool, collate: Callable[[list[Any]], Any]
+    ) -> DataLoader:
+        """This process's share of the rows, batched."""
+        sampler = EpochSampler(len(rows), batch_size, self.seed, shuffle, *self.process)
+        return DataLoader(rows, batch_size=batch_size, sampler=sampler, collate_fn=collate)

@@ -1,0 +1,74 @@
+"""An encoder-decoder with its tokenizer: reads texts, scores translations, writes them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from elastic_lightning.errors import UserError
+from elastic_lightning.policies.batches import PairedTexts, Prompts, Responses
+from elastic_lightning.policies.encoding import encode_source, encode_target, pad, truncated
+from elastic_lightning.policies.loading import ModelSource, as_policy, disable_dropout, load_source
+from elastic_lightning.policies.sampling import greedy
+from elastic_lightning.policies.seq2seq import Seq2SeqLM
+
+
+class Translator(nn.Module):
+    """One direction of translation, in eval mode: the model, and the tokenizer of its two sides."""
+
+    def __init__(self, lm: Seq2SeqLM, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        self.lm, self.tokenizer = lm, tokenizer
+
+    def read(self, texts: list[str]) -> Prompts:
+        """B texts as sources."""
+        rows = encode_source(self.tokenizer, texts, eos=True)
+        if self.lm.longest_text is not None:
+            rows = truncated(rows, self.lm.longest_text)
+        return Prompts(*self._placed(pad(rows, self.tokenizer.pad_token_id, left=True)))
+
+    def write(self, texts: list[str]) -> Responses:
+        """B texts as what this model would have written."""
+        rows = encode_target(self.tokenizer, texts)
+        return Responses(*self._placed(pad(rows, self.tokenizer.pad_token_id, left=False)))
+
+    @torch.no_grad()
+    def logprobs(self, pairs: PairedTexts) -> Tensor:
+        """Log-probabilities [B, T] of the targets, in nats, 0 at padding."""
+        return self.lm.token_statistics(self.lm.response_hidden(*pairs), pairs.target).logprobs
+
+    def nll(self, pairs: PairedTexts) -> Tensor:
+        """Negative log-likelihood of the targets, in nats, summed over all their tokens; differentiable."""
+        total, _ = self.lm.token_loss(self.lm.response_hidden(*pairs), pairs.target, _negative_sum)
+        return total
+
+    def greedy(self, sources: Prompts, max_new_tokens: int) -> Responses:
+        """The most likely token at each step, up to the end."""
+        return greedy(self.lm, sources, max_new_tokens, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
+
+    def translate(self, sources: Prompts, max_new_tokens: int) -> list[str]:
+        """`greedy` as texts [B]."""
+        return self.lm.decode(self.tokenizer, sources, self.greedy(sources, max_new_tokens)).responses
+
+    def _placed(self, tensors: tuple[Tensor, ...]) -> list[Tensor]:
+        device = next(self.lm.parameters()).device
+        return [tensor.to(device) for tensor in tensors]
+
+
+def _negative_sum(logprobs: Tensor, entropy: Tensor, part: slice) -> Tensor:
+    return -logprobs.sum()
+
+
+def load_translator(source: ModelSource) -> Translator:
+    """The translator that `source` names, dropout switched off.
+
+    Raises:
+        UserError: it cannot be loaded, or is no encoder-decoder.
+    """
+    loaded = load_source(source)
+    disable_dropout(loaded.model)
+    lm = as_policy(loaded.model)
+    if not isinstance(lm, Seq2SeqLM):
+        raise UserError(f"{type(loaded.model).__name__} is no encoder-decoder: it cannot be a translator")
+    return Translator(lm, loaded.tokenizer).eval()
