@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -78,11 +79,12 @@ def sample(
     eos_token_id: int | None,
     pad_token_id: int,
     lm: PolicyLM | None = None,
+    stop: Callable[[Tensor], Tensor] | None = None,
 ) -> Rollout:
     """Draw one response a prompt. `uniforms` [B, max_new_tokens] in [0, 1) decide every draw: no hidden generator.
 
     T is the length of the longest response: decoding stops when every row has ended. `lm` is what decodes, the policy's
-    own model by default.
+    own model by default. `stop` says of tokens [B, t] so far which rows [B] end here, beside those with an end of text.
     """
     lm = policy.lm if lm is None else lm
     state, hidden = lm.start(prompts, sampling.max_new_tokens - 1)
@@ -93,8 +95,11 @@ def sample(
         columns.append((torch.where(alive, choice.tokens, pad_token_id), alive, choice.logprobs, choice.values))
         if eos_token_id is not None:
             alive = alive & (choice.tokens != eos_token_id)
-            if position + 1 >= sampling.min_new_tokens and not alive.any():
-                break
+        if stop is not None:
+            alive = alive & ~stop(torch.stack([column[0] for column in columns], dim=1))
+        can_end = position + 1 >= sampling.min_new_tokens and (eos_token_id is not None or stop is not None)
+        if can_end and not alive.any():
+            break
         if position + 1 < sampling.max_new_tokens:
             hidden = lm.step(state, torch.where(alive, choice.tokens, 0))
     return finish(policy, prompts, *(torch.stack(column, dim=1) for column in zip(*columns, strict=True)))

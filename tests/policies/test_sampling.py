@@ -352,6 +352,24 @@ def test_decoding_stops_when_every_row_has_ended(llama_folder):
     assert sample(actor, prompts, greedy, uniforms, first[0], 0).tokens.shape == (3, 1) and calls == [3]
 
 
+def test_a_row_ends_where_it_is_stopped(gpt2_folder):
+    """Beside the end of text, and as if it had ended there: the draws before are the same."""
+    actor, prompts, uniforms = make_actor(gpt2_folder), left_padded(ROWS), torch.rand(4, 12)
+    sampling = Sampling(max_new_tokens=12)
+
+    def even(tokens):  # two even tokens in a row
+        return (tokens[:, -2:] % 2 == 0).all(dim=1) & torch.tensor(tokens.shape[1] > 1)
+
+    whole = sample(actor, prompts, sampling, uniforms, 1, 0)
+    stopped = sample(actor, prompts, sampling, uniforms, 1, 0, stop=even)
+    for i in range(4):
+        tokens = whole.tokens[i, whole.mask[i]].tolist()
+        pairs = [t + 1 for t in range(1, len(tokens)) if tokens[t - 1] % 2 == tokens[t] % 2 == 0]
+        assert stopped.tokens[i, stopped.mask[i]].tolist() == tokens[: min(pairs, default=len(tokens))]
+    assert stopped.mask.sum() < whole.mask.sum()
+    assert sample(actor, prompts, sampling, uniforms, None, 0, stop=even).mask.sum() < 4 * 12
+
+
 @pytest.mark.parametrize("folder", ["gpt2_folder", "llama_folder"])
 def test_greedy_decoding_is_that_of_generate(folder, request):
     actor, prompts = make_actor(request.getfixturevalue(folder)), left_padded(ROWS, extra=1)

@@ -1,0 +1,35 @@
+"""What the tests of the sandbox need, and leave behind: nothing."""
+
+import sys
+import tempfile
+
+import pytest
+from trials import processes, wait_until
+
+from elastic_lightning.evaluation import sandbox
+from elastic_lightning.evaluation.sandbox import missing_fences
+
+
+@pytest.fixture
+def nothing_left(tmp_path, monkeypatch):
+    """No process and no folder outlives a test."""
+    (tmp_path / "folders").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "folders"))
+    before = processes()
+    yield
+    assert wait_until(lambda: processes() <= before), "processes are left"
+    assert list((tmp_path / "folders").iterdir()) == []
+
+
+@pytest.fixture
+def fences(request):
+    if sys.platform != "linux":
+        pytest.skip("the sandbox is one of Linux")
+    if "without_namespaces" not in request.fixturenames and missing_fences():
+        pytest.skip(missing_fences())
+
+
+@pytest.fixture
+def without_namespaces(monkeypatch):
+    """A machine that grants none."""
+    monkeypatch.setattr(sandbox, "missing_fences", lambda: "no namespaces here")
