@@ -10,8 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from elastic_lightning.errors import UserError
 from elastic_lightning.evaluation.generate import load
-from elastic_lightning.policies import ActorCritic, Prompts, Sampling, counter_uniforms, decode_texts, sample
-from elastic_lightning.policies.loading import context_length
+from elastic_lightning.policies import ActorCritic, Prompts, Sampling, counter_uniforms, sample
 
 TAIL = 8  # tokens in which a stop string is looked for while decoding; none published has more characters
 
@@ -61,7 +60,7 @@ class PolicyCompleter:
         eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         stop = self._stopped if self.stops else None
         rollout = sample(self.policy, batch, self.sampling, uniforms, eos, pad, stop=stop)
-        return decode_texts(self.tokenizer, batch, rollout.responses).responses
+        return self.policy.lm.decode(self.tokenizer, batch, rollout.responses).responses
 
     def check(self, prompts: list[str]) -> None:
         """Raise what `complete` would, before any is drawn."""
@@ -73,7 +72,7 @@ class PolicyCompleter:
         return Prompts(encoded["input_ids"].to(device), encoded["attention_mask"].bool().to(device))
 
     def _check_length(self, tokens: int) -> None:
-        context, new = context_length(self.policy.lm.model), self.sampling.max_new_tokens
+        context, new = self.policy.lm.longest_text, self.sampling.max_new_tokens
         if context is not None and tokens + new > context:
             raise UserError(
                 f"a prompt of {tokens} tokens and {new} new ones make {tokens + new}, but the model's context is "
