@@ -8,8 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from lightning import Trainer
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # parameters of glibc's mallopt, from malloc.h
+
+
+def keep_memory_of_fit(trainer: Trainer, stage: str) -> None:
+    """`keep_freed_memory` where a training on the CPU begins."""
+    if stage == "fit" and trainer.strategy.root_device.type == "cpu":
+        keep_freed_memory()
 
 
 def keep_freed_memory() -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from elastic_lightning.algorithms.execution import Execution
-from elastic_lightning.algorithms.memory import keep_freed_memory, weights_cast_once
+from elastic_lightning.algorithms.memory import keep_memory_of_fit, weights_cast_once
 from elastic_lightning.algorithms.policy_metrics import PolicyMetrics
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import (
@@ -167,9 +167,7 @@ class PolicyModule(LightningModule):
 
     def imitation_losses(self, batch: Any, targets: Responses) -> Iterator[Tensor]:
         """The loss of a student, nats per token: one optimizer step each."""
-        hidden = self.actor.lm.response_hidden(self.prompts(batch), targets)
-        total, _ = self.actor.lm.token_loss(hidden, targets, lambda logprobs, entropy, part: -logprobs.sum())
-        yield total / targets.mask.sum()
+        yield self.actor.lm.pair_nll(PairedTexts(self.prompts(batch), targets)) / targets.mask.sum()
 
     def trunk_hidden(self, prompts: Prompts, responses: Responses) -> Tensor | None:
         """What leaves the frozen layers [B, P+T-1, H], where `execution.trainable_layers` froze some."""
@@ -299,8 +297,7 @@ class PolicyModule(LightningModule):
     # Checks and checkpoints -------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        if stage == "fit" and self.trainer.strategy.root_device.type == "cpu":
-            keep_freed_memory()
+        keep_memory_of_fit(self.trainer, stage)
         moved = any(getattr(callback, "moves_reference", False) for callback in self.trainer.callbacks)
         if moved and self.initial is self.reference:  # once: a later fit or validate finds the reference moved
             self.initial = copy.deepcopy(self.reference)  # the penalty's anchor moves; drift is still from theta_0

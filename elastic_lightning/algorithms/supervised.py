@@ -11,7 +11,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
-from elastic_lightning.algorithms.memory import keep_freed_memory
+from elastic_lightning.algorithms.memory import keep_memory_of_fit
 from elastic_lightning.algorithms.schedules import Schedule, schedule_factor
 from elastic_lightning.errors import UserError
 
@@ -56,8 +56,7 @@ class SupervisedModule(LightningModule):
     optimizer_config: AdamWConfig
 
     def setup(self, stage: str) -> None:
-        if stage == "fit" and self.trainer.strategy.root_device.type == "cpu":
-            keep_freed_memory()
+        keep_memory_of_fit(self.trainer, stage)
 
     def configure_optimizers(self) -> dict[str, Any]:
         config = self.optimizer_config

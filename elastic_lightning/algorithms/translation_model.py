@@ -10,9 +10,15 @@ from elastic_lightning.algorithms.hyperparameters import from_plain
 from elastic_lightning.algorithms.supervised import AdamWConfig, SupervisedModule
 from elastic_lightning.errors import UserError
 from elastic_lightning.metrics import CorpusBLEU, TokenPerplexity
-from elastic_lightning.policies import ModelSource, PairedTexts, Prompts, TranslationBatch, load_source, right_padded
-from elastic_lightning.policies.language_model import context_length
-from elastic_lightning.policies.seq2seq import decoder_start_token
+from elastic_lightning.policies import (
+    ModelSource,
+    PairedTexts,
+    Prompts,
+    TranslationBatch,
+    as_policy,
+    load_source,
+    right_padded,
+)
 
 
 class TranslationModel(SupervisedModule):
@@ -51,16 +57,20 @@ class TranslationModel(SupervisedModule):
         loaded = load_source(policy)
         if not loaded.model.config.is_encoder_decoder:
             raise UserError(f"{type(loaded.model).__name__} is no encoder-decoder: see LanguageModel")
-        self.start_token = decoder_start_token(loaded.model)
-        self.model, self.tokenizer = loaded.model.train(), loaded.tokenizer
+        self.lm, self.tokenizer = as_policy(loaded.model).train(), loaded.tokenizer
         self.optimizer_config = optimizer
         self.label_smoothing, self.max_new_tokens = label_smoothing, max_new_tokens
         self.beam_size, self.validate_with_beam = beam_size, validate_with_beam
         self.perplexity = TokenPerplexity()
         self.bleu_greedy, self.bleu_beam = CorpusBLEU(), CorpusBLEU()
 
+    @property
+    def model(self) -> nn.Module:
+        return self.lm.model
+
     def setup(self, stage: str) -> None:
-        context, data = context_length(self.model), getattr(self.trainer, "datamodule", None)
+        super().setup(stage)
+        context, data = self.lm.longest_text, getattr(self.trainer, "datamodule", None)
         longest = {f"data's {name}": getattr(data, name, None) for name in ("max_prompt_tokens", "max_target_tokens")}
         for name, length in {**longest, "max_new_tokens": self.max_new_tokens}.items():
             if None not in (length, context) and length > context:
@@ -105,20 +115,6 @@ class TranslationModel(SupervisedModule):
             self.log(f"{stage}/bleu_beam", self.bleu_beam, on_epoch=True, batch_size=rows)
 
     def _logits(self, pairs: PairedTexts) -> Tensor:
-        """Logits [N, V] float32 that predict the N valid target tokens, row by row."""
-        source, (tokens, mask) = right_padded(pairs.source), pairs.target
-        start = torch.full_like(tokens[:, :1], self.start_token)
-
-        # The output layer is most of what a position costs: it reads the states of the valid ones alone, and whatever
-        # the architecture does before and after it (scaling, a bias) stays as it is.
-        def keep_valid(head: nn.Module, states: tuple[Tensor]) -> Tensor:
-            return states[0][mask]
-
-        with self.model.get_output_embeddings().register_forward_pre_hook(keep_valid):
-            output = self.model(
-                input_ids=source.tokens.masked_fill(~source.mask, 0),
-                attention_mask=source.mask.long(),
-                decoder_input_ids=torch.cat([start, tokens.masked_fill(~mask, 0)[:, :-1]], dim=1),
-                use_cache=False,
-            )
-        return output.logits.float()
+        """Logits [N, V] float32 that predict the N valid target tokens, row by row: the output layer is most of what a
+        position costs, and reads none that is padding."""
+        return self.lm.logits(self.lm.response_hidden(*pairs)[pairs.target.mask]).float()

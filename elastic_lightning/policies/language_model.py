@@ -132,6 +132,11 @@ class PolicyLM(nn.Module, ABC):
         """`token_statistics` [B, T] of the targets, given their sources."""
         return self.token_statistics(self.response_hidden(*pairs), pairs.target)
 
+    def pair_nll(self, pairs: PairedTexts) -> Tensor:
+        """Negative log-likelihood of the targets given their sources, in nats, summed over tokens; differentiable."""
+        hidden = self.response_hidden(*pairs)
+        return self.token_loss(hidden, pairs.target, lambda logprobs, entropy, part: -logprobs.sum())[0]
+
     # The model --------------------------------------------------------------------------------------------------
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -33,15 +32,13 @@ class Translator(nn.Module):
         rows = encode_target(self.tokenizer, texts)
         return Responses(*self._placed(pad(rows, self.tokenizer.pad_token_id, left=False)))
 
-    @torch.no_grad()
     def logprobs(self, pairs: PairedTexts) -> Tensor:
         """Log-probabilities [B, T] of the targets, in nats, 0 at padding."""
-        return self.lm.token_statistics(self.lm.response_hidden(*pairs), pairs.target).logprobs
+        return self.lm.pair_statistics(pairs).logprobs
 
     def nll(self, pairs: PairedTexts) -> Tensor:
-        """Negative log-likelihood of the targets, in nats, summed over all their tokens; differentiable."""
-        total, _ = self.lm.token_loss(self.lm.response_hidden(*pairs), pairs.target, _negative_sum)
-        return total
+        """`PolicyLM.pair_nll` of the targets."""
+        return self.lm.pair_nll(pairs)
 
     def greedy(self, sources: Prompts, max_new_tokens: int) -> Responses:
         """The most likely token at each step, up to the end."""
@@ -54,10 +51,6 @@ class Translator(nn.Module):
     def _placed(self, tensors: tuple[Tensor, ...]) -> list[Tensor]:
         device = next(self.lm.parameters()).device
         return [tensor.to(device) for tensor in tensors]
-
-
-def _negative_sum(logprobs: Tensor, entropy: Tensor, part: slice) -> Tensor:
-    return -logprobs.sum()
 
 
 def load_translator(source: ModelSource) -> Translator:

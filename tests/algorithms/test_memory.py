@@ -3,16 +3,19 @@
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from elastic_lightning.algorithms import PPO, LanguageModel, RewardModel, TranslationModel, memory
 from elastic_lightning.algorithms.memory import keep_freed_memory, weights_cast_once
 
 # Prints the page faults of allocating 100 MB once more, before and after; a process of its own, for it is for good.
 FAULTS = """
 import resource, torch
+from elastic_lightning.algorithms import PPO, LanguageModel, RewardModel, TranslationModel, memory
 from elastic_lightning.algorithms.memory import keep_freed_memory
 
 def faults():
@@ -55,3 +58,21 @@ def test_without_autocast_nothing_is_cast():
     layer, inputs = nn.Linear(3, 2), torch.randn(4, 3)
     with weights_cast_once("cpu"):
         assert layer(inputs).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", [LanguageModel, RewardModel, TranslationModel, PPO])
+def test_every_module_keeps_its_memory_when_it_trains_on_a_cpu(kind, monkeypatch):
+    kept = []
+    monkeypatch.setattr(memory, "keep_freed_memory", lambda: kept.append(kind))
+    module = kind.__new__(kind)
+    nn.Module.__init__(module)
+    module.lm, module.initial, module.reference = SimpleNamespace(longest_text=None, model=None), None, None
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    trainer = SimpleNamespace(strategy=strategy, callbacks=[], loggers=[], datamodule=None)
+    monkeypatch.setattr(kind, "trainer", trainer)
+    monkeypatch.setattr(kind, "model", SimpleNamespace(config=SimpleNamespace()), raising=False)
+    module.max_new_tokens = 1
+    module.setup("validate")
+    assert not kept
+    module.setup("fit")
+    assert kept == [kind]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from elastic_lightning.policies import ActorCritic, LoRA, Prompts, as_policy, load_policy
+from elastic_lightning.policies.saving import save_model
 
 CAUSAL, SEQ2SEQ = ["gpt2_folder", "llama_folder"], ["marian_folder", "bart_folder", "t5_folder"]
 EVERY_KIND = pytest.mark.parametrize("folder", CAUSAL + SEQ2SEQ)
@@ -66,3 +67,22 @@ def plain_values(actor, prompt, response):
         trunk, inputs = trunk.decoder, {"input_ids": inputs["decoder_input_ids"], "encoder_hidden_states": source}
     hidden = trunk(**inputs).last_hidden_state[0, at]
     return hidden @ actor.value_head.weight[0] + actor.value_head.bias
+
+
+def one_line(error, *parts):
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 600
+    for part in parts:
+        assert part in message
+    return message
+
+
+def adapter_folder(tmp_path, base, **options):
+    model, tokenizer, _ = load_policy(base, lora=LoRA(rank=2, **options))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    save_model(model, tokenizer, tmp_path / "adapter", adapter="adapter")
+    return model, str(tmp_path / "adapter")

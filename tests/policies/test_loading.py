@@ -1,14 +1,13 @@
-import json
+"""Models and tokenizers from folders, the hub, architectures and GGUF files."""
+
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from policy_cases import ROWS, SEQ2SEQ, left_padded
+from policy_cases import one_line
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     GPT2LMHeadModel,
     LlamaForCausalLM,
@@ -17,33 +16,14 @@ from transformers import (
 import elastic_lightning.policies.loading as loading
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import (
-    ActorCritic,
-    CausalLM,
-    LoRA,
     ModelSource,
-    Sampling,
-    as_policy,
-    encode_source,
-    encode_target,
     load_policy,
     load_tokenizer,
-    make_reference,
-    sample,
 )
-from elastic_lightning.policies.encoding import EncodedPairs, paired
-from elastic_lightning.policies.loading import disable_dropout, load_source
+from elastic_lightning.policies.loading import load_source
 from elastic_lightning.policies.saving import save_model
-from elastic_lightning.policies.text import decode_apart
 
 GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
-
-
-def one_line(error, *parts):
-    message = str(error.value)
-    assert "\n" not in message and len(message) < 600
-    for part in parts:
-        assert part in message
-    return message
 
 
 def test_a_folder_gives_its_own_weights_in_eval_mode(gpt2_folder):
@@ -212,216 +192,6 @@ def test_remote_code_is_off_unless_asked(monkeypatch, gpt2_folder):
     load_policy(gpt2_folder, trust_remote_code=True)
     assert seen[2:] == [("t", True), ("m", True)]
     assert ModelSource(gpt2_folder).trust_remote_code is False
-
-
-# LoRA
-
-
-def adapter_folder(tmp_path, base, **options):
-    model, tokenizer, _ = load_policy(base, lora=LoRA(rank=2, **options))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
-    save_model(model, tokenizer, tmp_path / "adapter", adapter="adapter")
-    return model, str(tmp_path / "adapter")
-
-
-@pytest.mark.parametrize("folder", ["gpt2_folder", "llama_folder"])
-def test_lora_trains_its_factors_alone(folder, request):
-    plain = load_policy(request.getfixturevalue(folder)).model
-    model = load_policy(request.getfixturevalue(folder), lora=LoRA(rank=3, alpha=6)).model
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert trainable and all("lora_A" in name or "lora_B" in name for name in trainable)
-    assert {min(parameter.shape) for parameter in trainable.values()} == {3}
-    assert not any(p.any() for name, p in trainable.items() if "lora_B" in name)
-    tokens = torch.tensor([[3, 4, 5]])
-    torch.testing.assert_close(model(input_ids=tokens).logits, plain(input_ids=tokens).logits)  # it starts as it was
-    assert model.peft_config["default"].lora_alpha == 6 and not model.training
-
-
-def test_lora_targets_and_dropout(llama_folder):
-    model = load_policy(llama_folder, lora=LoRA(rank=2, targets=["o_proj"], dropout=0.3)).model
-    adapted = {name.split(".lora_")[0].split(".")[-1] for name, p in model.named_parameters() if p.requires_grad}
-    assert adapted == {"o_proj"}
-    rates = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
-    assert 0.3 in rates
-    disable_dropout(model)
-    assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
-
-
-def test_wrong_lora_options(llama_folder):
-    with pytest.raises(UserError, match="rank"):
-        LoRA(rank=0)
-    with pytest.raises(UserError, match="dropout"):
-        LoRA(dropout=1.0)
-    with pytest.raises(UserError) as error:
-        load_policy(llama_folder, lora=LoRA(targets=["no_such_module"]))
-    one_line(error, "no_such_module", "lora.targets")
-
-
-def test_an_adapter_folder_loads_as_it_was_saved(tmp_path, llama_folder):
-    model, folder = adapter_folder(tmp_path, llama_folder)
-    assert not (Path(folder) / "model.safetensors").exists()
-    loaded = load_policy(folder)
-    assert loaded.unmerged_adapter
-    tokens = torch.tensor([[3, 4, 5, 20]])
-    torch.testing.assert_close(loaded.model(input_ids=tokens).logits, model(input_ids=tokens).logits)
-    trainable = [name for name, parameter in loaded.model.named_parameters() if parameter.requires_grad]
-    assert trainable and all("lora_" in name for name in trainable)
-
-
-def test_an_unmerged_adapter_has_no_adapter_off_reference(tmp_path, llama_folder):
-    _, folder = adapter_folder(tmp_path, llama_folder)
-    loaded = load_policy(folder)
-    lm = CausalLM(loaded.model)
-    with pytest.raises(UserError) as error:
-        make_reference(lm, "adapter_off", loaded.unmerged_adapter)
-    one_line(error, "unmerged adapter", "merge", "frozen_copy")
-    for kind in ("frozen_copy", "auto"):
-        assert type(make_reference(lm, kind, loaded.unmerged_adapter)).__name__ == "FrozenCopy"
-
-
-def test_lora_on_an_unmerged_adapter_is_refused(tmp_path, llama_folder):
-    _, folder = adapter_folder(tmp_path, llama_folder)
-    with pytest.raises(UserError) as error:
-        load_policy(folder, lora=LoRA(rank=2))
-    one_line(error, "unmerged adapter", "merge")
-
-
-def test_the_base_model_of_an_adapter_is_loaded_with_the_same_trust_and_dtype(tmp_path, llama_folder, monkeypatch):
-    _, folder = adapter_folder(tmp_path, llama_folder)
-    seen, original = [], loading.from_path
-    monkeypatch.setattr(loading, "from_path", lambda kind, source: seen.append(source) or original(kind, source))
-    load_policy(folder, trust_remote_code=True, dtype="bfloat16")
-    assert [(source.path, source.dtype, source.trust_remote_code) for source in seen] == [
-        (llama_folder, "bfloat16", True)
-    ]
-
-
-@pytest.mark.parametrize("base", [None, "/no/such/base"])
-def test_an_adapter_without_its_base_model(tmp_path, llama_folder, base):
-    _, folder = adapter_folder(tmp_path, llama_folder)
-    config = Path(folder) / "adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": base}))
-    with pytest.raises(UserError) as error:
-        load_policy(folder)
-    one_line(error, base or "base model")
-
-
-# Encoder-decoders
-
-MARIAN = {"model_type": "marian", "d_model": 16, "encoder_layers": 1, "decoder_layers": 2, "init_std": 0.5}
-MARIAN |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
-MARIAN |= {"max_position_embeddings": 32, "scale_embedding": True}
-T5 = {"model_type": "t5", "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
-ENCODER_DECODERS = {"marian": MARIAN, "bart": MARIAN | {"model_type": "bart"}, "t5": T5}
-ENCODER_DECODERS["t5 v1.1"] = T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
-
-
-@pytest.mark.parametrize("folder", SEQ2SEQ)
-def test_an_encoder_decoder_is_loaded_as_what_it_is(folder, request):
-    model = load_policy(request.getfixturevalue(folder)).model
-    plain = AutoModelForSeq2SeqLM.from_pretrained(request.getfixturevalue(folder))
-    assert type(model) is type(plain) and not model.training
-    for (name, ours), (_, theirs) in zip(*(each.state_dict().items() for each in (model, plain)), strict=True):
-        assert torch.equal(ours, theirs), name
-    fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    positions = {f"model.{half}.embed_positions.weight" for half in ("encoder", "decoder")}
-    assert fixed == (positions if folder == "marian_folder" else set()), "sinusoids are no weights"
-
-
-@pytest.mark.parametrize("architecture", ENCODER_DECODERS.values(), ids=ENCODER_DECODERS)
-def test_an_encoder_decoder_from_an_architecture_generates_and_is_saved(architecture, tokenizer_folder, tmp_path):
-    torch.manual_seed(0)
-    model, tokenizer, _ = load_policy(architecture=architecture, tokenizer=tokenizer_folder)
-    config = model.config
-    assert (config.decoder_start_token_id, config.eos_token_id, config.pad_token_id) == (0, 1, 0)
-    assert config.vocab_size == len(tokenizer) == model.get_output_embeddings().out_features
-    save_model(model, tokenizer, tmp_path)
-    lm = as_policy(load_policy(str(tmp_path)).model)
-    plain = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
-    prompts = left_padded(ROWS, extra=1)
-    rollout = sample(ActorCritic(lm), prompts, Sampling(max_new_tokens=9, top_k=1), torch.zeros(4, 9), 1, 0)
-    for i, row in enumerate(ROWS):
-        generated = plain.generate(torch.tensor([row]), num_beams=1, do_sample=False, max_new_tokens=9)[0, 1:]
-        assert rollout.tokens[i][rollout.mask[i]].tolist() == generated.tolist()
-    names = {"input_ids": torch.tensor([ROWS[0]]), "decoder_input_ids": torch.tensor([[0, 5, 6]])}
-    torch.testing.assert_close(plain(**names).logits, model(**names).logits)
-
-
-@pytest.mark.parametrize("folder", SEQ2SEQ)
-def test_an_adapter_of_an_encoder_decoder(tmp_path, folder, request):
-    model, saved = adapter_folder(tmp_path, request.getfixturevalue(folder))
-    assert model.peft_config["default"].task_type == "SEQ_2_SEQ_LM"
-    loaded = load_policy(saved)
-    assert loaded.unmerged_adapter and type(loaded.model) is type(model)
-    names = {"input_ids": torch.tensor([ROWS[0]]), "decoder_input_ids": torch.tensor([[0, 5, 6]])}
-    torch.testing.assert_close(loaded.model(**names).logits, model(**names).logits)
-    trainable = [name for name, parameter in loaded.model.named_parameters() if parameter.requires_grad]
-    assert trainable and all("lora_" in name for name in trainable)
-    assert {name.split(".encoder.")[0] == name for name in trainable} == {True, False}, "in both halves"
-
-
-def test_marian_is_adapted_as_bart_is(marian_folder, bart_folder):
-    """Peft has a choice of modules for BART alone."""
-    adapted = []
-    for folder in (marian_folder, bart_folder):
-        model = load_policy(folder, lora=LoRA(rank=2)).model
-        adapted.append({name for name, parameter in model.named_parameters() if parameter.requires_grad})
-    assert adapted[0] == adapted[1] and {name.split(".lora_")[0].split(".")[-1] for name in adapted[0]} == {
-        "q_proj",
-        "v_proj",
-    }
-
-
-@pytest.mark.parametrize("folder", SEQ2SEQ)
-def test_no_dropout_is_left_whatever_its_kind(folder, request):
-    """Marian and BART give rates to functional dropout and skip whole layers; the mode of training alone decides."""
-    model = load_policy(request.getfixturevalue(folder)).model.train()
-    names = {"input_ids": torch.tensor([ROWS[2]]), "decoder_input_ids": torch.tensor([[0, 5, 6]])}
-    assert not torch.equal(model(**names).logits, model(**names).logits)
-    disable_dropout(model)
-    trained = model(**names).logits
-    assert torch.equal(trained, model(**names).logits)
-    torch.testing.assert_close(trained, model.eval()(**names).logits)
-
-
-def test_a_tokenizer_that_appends_an_end(tmp_path, word_tokenizer):
-    from tokenizers.processors import TemplateProcessing
-
-    plain = word_tokenizer(eos_token="<eos>", pad_token="<pad>")
-    plain.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
-    plain.save_pretrained(tmp_path)
-    tokenizer = load_tokenizer(str(tmp_path))
-    assert tokenizer("w5 w6")["input_ids"] == [5, 6, 1]
-    assert encode_source(tokenizer, ["w5 w6"], eos=True) == [[5, 6, 1]], "one end, not two"
-
-
-def test_the_tokenizer_of_marian(tmp_path):
-    """Two sentencepiece models over one vocabulary, as the hub's translation models have."""
-    sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
-    sources, targets = ["the cat sat on the mat", "a dog sat"], ["le chat est assis", "un chien est la"]
-    vocabulary = {"</s>": 0, "<unk>": 1}
-    for name, texts in (("source", sources), ("target", targets)):
-        prefix = str(tmp_path / name)
-        options = {"vocab_size": 40, "hard_vocab_limit": False, "bos_id": -1, "minloglevel": 2}
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_prefix=prefix, **options)
-        (tmp_path / f"{name}.model").rename(tmp_path / f"{name}.spm")
-        pieces = sentencepiece.SentencePieceProcessor(str(tmp_path / f"{name}.spm"))
-        for index in range(pieces.get_piece_size()):
-            vocabulary.setdefault(pieces.id_to_piece(index), len(vocabulary))
-    vocabulary["<pad>"] = len(vocabulary)
-    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "MarianTokenizer"}))
-    tokenizer = load_tokenizer(str(tmp_path))
-    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, len(vocabulary) - 1)
-    assert tokenizer(sources[0])["input_ids"][-1] == 0, "it appends the end itself"
-    pairs = EncodedPairs(encode_source(tokenizer, sources, eos=True), encode_target(tokenizer, targets))
-    assert all(row.index(0) == len(row) - 1 for side in pairs for row in side), "one end, not two"
-    batch = paired(pairs, tokenizer.pad_token_id, tokenizer.eos_token_id)
-    assert decode_apart(tokenizer, *batch) == (sources, targets, [True, True])
 
 
 # GGUF
