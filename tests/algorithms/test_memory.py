@@ -54,6 +54,15 @@ def test_weights_are_cast_once_and_anew_after_a_change():
             assert torch.equal(layer(inputs), 2 * plain)
 
 
+def test_nothing_that_was_cast_is_left_behind():
+    layer, inputs = nn.Linear(3, 2, bias=False), torch.randn(4, 3)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # with a cache of its own, unlike Lightning's
+        with weights_cast_once("cpu"):
+            plain = layer(inputs)
+        layer.weight.mul_(2)
+        assert torch.equal(layer(inputs), 2 * plain)
+
+
 def test_without_autocast_nothing_is_cast():
     layer, inputs = nn.Linear(3, 2), torch.randn(4, 3)
     with weights_cast_once("cpu"):

@@ -75,6 +75,12 @@ def test_distance_by_hand():
     assert distance({}, {}).item() == 0.0
 
 
+def test_distance_in_parts_is_that_of_the_whole(monkeypatch):
+    a, b = weights(0), weights(1)
+    monkeypatch.setattr("elastic_lightning.functional.weights.PART", 3)
+    assert distance(a, b).item() == pytest.approx(math.dist(numbers(a), numbers(b)), rel=1e-6)
+
+
 def test_distance_across_dtypes_is_float32():
     a, b = weights(0), weights(1, torch.bfloat16)
     expected = math.dist(numbers(a), numbers(b))
