@@ -19,6 +19,7 @@ from torchmetrics import Metric
 from elastic_lightning.algorithms.execution import Execution
 from elastic_lightning.algorithms.memory import keep_memory_of_fit, weights_cast_once
 from elastic_lightning.algorithms.policy_metrics import PolicyMetrics
+from elastic_lightning.algorithms.ranks import rows_of_ranks
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import (
     ActorCritic,
@@ -99,7 +100,7 @@ class PolicyModule(LightningModule):
         self.policy_metrics = PolicyMetrics(metrics)
         self.sampling_seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.ppo_step = 0
-        self._rows_drawn = 0  # of this evaluation, on this rank
+        self._rows_drawn = 0  # of this evaluation, on all ranks
         self.strict_loading = False  # frozen weights stay out of checkpoints; on_load_checkpoint checks the rest
         if policy.dtype != "float32" and policy.lora is None:
             rank_zero_warn(
@@ -282,8 +283,9 @@ class PolicyModule(LightningModule):
 
     def _first_row(self, prompts: Prompts) -> int:
         """Global row of a batch's first prompt. Counted, for the last batch may be smaller than those before."""
-        first = self._rows_drawn * self.trainer.world_size + self.global_rank * len(prompts.tokens)
-        self._rows_drawn += len(prompts.tokens)
+        rows = rows_of_ranks(len(prompts.tokens))
+        first = self._rows_drawn + sum(rows[: self.global_rank])
+        self._rows_drawn += sum(rows)
         return first
 
     # Logging on the ppo_step axis -------------------------------------------------------------------------------

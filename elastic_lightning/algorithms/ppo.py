@@ -25,6 +25,7 @@ from elastic_lightning.algorithms.hyperparameters import from_plain
 from elastic_lightning.algorithms.minibatch import Lengths, MiniBatch, micro_batches
 from elastic_lightning.algorithms.policy_module import PolicyModule
 from elastic_lightning.algorithms.ppo_config import PPOConfig
+from elastic_lightning.algorithms.ranks import ScoredBatch, rows_of_ranks, several
 from elastic_lightning.algorithms.schedules import schedule_factor
 from elastic_lightning.algorithms.supervised import can_fuse
 from elastic_lightning.errors import UserError
@@ -40,7 +41,7 @@ from elastic_lightning.policies import (
     ended,
 )
 from elastic_lightning.policies.reference import ReferenceKind
-from elastic_lightning.rewards import Reward, Scores
+from elastic_lightning.rewards import Reward
 
 FIRST_RATIO_TOLERANCE = 0.05
 PERMUTATION_SEED = 0x5EED  # keeps the draws that order a batch apart from those that sample it
@@ -96,34 +97,39 @@ class PPO(PolicyModule):
         prompts = self.prompts(batch)
         self._check_prompts(prompts)
         with self._timed("rollout"):
-            decoded = self.rollout(prompts, self.ppo_step, self.global_rank * len(prompts.tokens))
+            first_row = sum(rows_of_ranks(len(prompts.tokens))[: self.global_rank])
+            decoded = self.rollout(prompts, self.ppo_step, first_row)
         with self._timed("scoring"):
             texts, scores = self.score(batch, decoded.responses)
             trunk = self.trunk_hidden(prompts, decoded.responses)
             rollout = self.recompute(prompts, decoded, trunk)
             reference_logprobs = self.reference_logprobs(prompts, rollout.responses, trunk)
-        shaped = shape_scores(scores.total, rollout, self.config, self.tokenizer.eos_token_id)
+            scored = ScoredBatch(prompts, rollout, scores, reference_logprobs, trunk, self.pairs(batch, texts))
+            if several():
+                scored = scored.of_all_ranks()
+        shaped = shape_scores(scored.scores.total, scored.rollout, self.config, self.tokenizer.eos_token_id)
         coefficient = self.kl_controller.coefficient
-        experience = make_experience(
-            rollout, shaped, reference_logprobs, coefficient, self.config, self._sum_over_ranks
-        )
+        experience = make_experience(scored.rollout, shaped, scored.reference_logprobs, coefficient, self.config)
         with self._timed("update"):
-            losses = self.update(MiniBatch(prompts, rollout, experience, trunk, self.pairs(batch, texts)))
+            losses = self.update(MiniBatch(scored.prompts, scored.rollout, experience, scored.trunk, scored.pairs))
         if rollout is not decoded:
-            losses["rollout_ratio_deviation"] = _ratio_deviation(
-                rollout.logprobs - decoded.logprobs, rollout.mask
-            ).item()
+            deviation = _ratio_deviation(rollout.logprobs - decoded.logprobs, rollout.mask)
+            losses["rollout_ratio_deviation"] = self._max_over_ranks(deviation).item()
         self.ppo_step += 1
-        self._log_batch(rollout, scores, reference_logprobs, experience, losses)
+        self._log_batch(scored, experience, losses)
         self.lr_schedulers().step()  # after the log, which shows the rate that this batch was trained with
 
     def update(self, batch: MiniBatch) -> dict[str, float]:
-        """Epochs of mini-batches over one PPO batch; returns what was measured on the way, averaged."""
+        """Epochs of mini-batches over one PPO batch, that of all ranks; returns what was measured on the way, averaged.
+
+        A mini-batch is the same on any number of ranks; each takes its share of the rows.
+        """
         measured: dict[str, list[Tensor]] = defaultdict(list)
         lengths = Lengths.of(batch)
         for epoch in range(self.config.epochs):
             for rows in self._permutation(len(batch.prompts.tokens), epoch).tensor_split(self.config.mini_batches):
-                parts = list(micro_batches(batch, rows, lengths, self.config.micro_batch_size))
+                own = lengths.order(rows)[self.global_rank :: self.trainer.world_size]  # of like length on every rank
+                parts = list(micro_batches(batch, own, lengths, self.config.micro_batch_size))
                 statistics = self._accumulate_gradient(parts)
                 for name, value in statistics.items():
                     measured[name].append(value)
@@ -155,8 +161,9 @@ class PPO(PolicyModule):
                 else:
                     statistics[name] = statistics[name] + value
         maximum = statistics.pop("ratio_deviation")
-        means = {name: self._sum_over_ranks(value) for name, value in (statistics | beside).items()}
-        return means | {"ratio_deviation": maximum}
+        named = statistics | beside
+        sums = self._sum_over_ranks(torch.stack([*named.values()])).unbind()
+        return dict(zip(named, sums, strict=True)) | {"ratio_deviation": self._max_over_ranks(maximum)}
 
     def _gradient_beside(self) -> dict[str, Tensor]:
         """Backward of losses that do not read the rollout, and this rank's share of their values; none here."""
@@ -267,9 +274,15 @@ class PPO(PolicyModule):
     # Ranks ------------------------------------------------------------------------------------------------------
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        return self._reduce(value, "sum")
+
+    def _max_over_ranks(self, value: Tensor) -> Tensor:
+        return self._reduce(value, "max")
+
+    def _reduce(self, value: Tensor, how: str) -> Tensor:
         if self.trainer.world_size == 1:
             return value
-        return self.trainer.strategy.reduce(value.clone(), reduce_op="sum")
+        return self.trainer.strategy.reduce(value.clone(), reduce_op=how)
 
     def _no_gradient_sync(self):
         block = getattr(self.trainer.strategy, "block_backward_sync", None)
@@ -304,24 +317,12 @@ class PPO(PolicyModule):
             )
         return summary
 
-    def _log_batch(
-        self,
-        rollout: Rollout,
-        scores: Scores,
-        reference_logprobs: Tensor,
-        experience: Experience,
-        losses: dict[str, float],
-    ) -> None:
-        """Log everything of one PPO batch at its ppo_step, and move the KL controller.
-
-        Means are over all ranks; the explained variance and the first ratio's deviation are this rank's.
-        """
-        mask = rollout.mask
-        k1 = kl_k1(rollout.logprobs, reference_logprobs).masked_fill(~mask, 0)
-        k3 = kl_k3(rollout.logprobs, reference_logprobs).masked_fill(~mask, 0)
-        rows = float(len(mask))
+    def _log_batch(self, scored: ScoredBatch, experience: Experience, losses: dict[str, float]) -> None:
+        """Log everything of one PPO batch, that of all ranks, at its ppo_step, and move the KL controller."""
+        rollout, scores, mask = scored.rollout, scored.scores, scored.rollout.mask
+        k1 = kl_k1(rollout.logprobs, scored.reference_logprobs).masked_fill(~mask, 0)
+        k3 = kl_k3(rollout.logprobs, scored.reference_logprobs).masked_fill(~mask, 0)
         sums = {
-            "rows": torch.tensor(rows),
             "tokens": mask.sum(),
             "reward": scores.total.sum(),
             "reward_squared": scores.total.square().sum(),
@@ -332,8 +333,8 @@ class PPO(PolicyModule):
             **{f"reward_{name}": part.sum() for name, part in scores.components.items()},
         }
         packed = torch.stack([value.to(self.device, torch.float64) for value in sums.values()])
-        total = dict(zip(sums, self._sum_over_ranks(packed).tolist(), strict=True))
-        rows, tokens = total["rows"], total["tokens"]
+        total = dict(zip(sums, packed.tolist(), strict=True))
+        rows, tokens = len(mask), total["tokens"]
         mean = total["reward"] / rows
         kl = total["k1"] / rows
         values = {
@@ -356,7 +357,7 @@ class PPO(PolicyModule):
             },
             **losses,
         }
-        self.kl_controller.update(kl, int(rows))
+        self.kl_controller.update(kl, rows)
         speed = {f"time/{name}_seconds": seconds for name, seconds in self.seconds.items()}
         speed |= {f"time/{name}_tokens_per_second": tokens / seconds for name, seconds in self.seconds.items()}
         speed["time/samples_per_second"] = rows / sum(self.seconds.values())

@@ -38,10 +38,11 @@ class SampleLogger(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rows, self._rows = self._rows, []
-        if not rows or not trainer.is_global_zero or not trainer.log_dir or trainer.fast_dev_run:
+        folder = trainer.log_dir  # asked for on every rank: the first one tells the others
+        if not rows or not trainer.is_global_zero or not folder or trainer.fast_dev_run:
             return
         step = pl_module.ppo_step
-        path = Path(trainer.log_dir) / "samples.jsonl"
+        path = Path(folder) / "samples.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({"ppo_step": step, **row}, ensure_ascii=False) + "\n" for row in rows)

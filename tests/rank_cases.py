@@ -1,0 +1,172 @@
+"""Runs whose results must not depend on the number of processes; as a program, one process of several.
+
+A case takes the number of rows of one rank's batch and a `Setup`, and returns what is compared, by name.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from algorithms.conftest import PAD, Recording, Toy, WordShare
+from lightning import Trainer
+from torch.utils.data import DataLoader
+
+from elastic_lightning import ElasticReset
+from elastic_lightning.algorithms import PPOConfig, TranslationGame
+from elastic_lightning.algorithms.execution import Execution
+from elastic_lightning.callbacks import SampleLogger
+from elastic_lightning.data import ToyTranslationDataModule, ToyTranslationGameDataModule
+from elastic_lightning.data.module import TextDataModule
+from elastic_lightning.policies import ModelSource, Prompts, Sampling
+
+ROWS = 12  # of a PPO batch on all ranks
+
+
+@dataclass
+class Setup:
+    """Where the models are (see `test_ranks`), where runs may write, and what a trainer is given."""
+
+    models: dict[str, str]
+    root: Path
+    ranks: int
+    trainer: Callable[[], dict[str, Any]]
+
+
+class Lists(TextDataModule):
+    """Prompts of one to six tokens, 3 batches of them for training and 7 for validation; and 5 human texts."""
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__(None, seed=3)
+        self.batch_size = batch_size
+        generator = torch.Generator().manual_seed(4)
+        lengths = torch.randint(1, 7, (3 * ROWS + 7,), generator=generator).tolist()
+        self.rows = [torch.randint(0, 27, (length,), generator=generator) for length in lengths]
+        self.texts = [torch.randint(0, 27, (5,), generator=generator) for _ in range(5)]
+
+    def train_dataloader(self) -> DataLoader:
+        return self.dataloader(self.rows[: 3 * ROWS], self.batch_size, True, collate)
+
+    def val_dataloader(self) -> list[DataLoader]:
+        return [
+            self.dataloader(self.rows[3 * ROWS :], self.batch_size // 2, False, collate),
+            self.dataloader(self.texts, 2, False, torch.stack),
+        ]
+
+
+def collate(rows: list[torch.Tensor]) -> Prompts:
+    longest = max(map(len, rows))
+    padded = [torch.nn.functional.pad(row, (longest - len(row), 0), value=PAD) for row in rows]
+    masks = [torch.arange(longest) >= longest - len(row) for row in rows]
+    return Prompts(torch.stack(padded), torch.stack(masks))
+
+
+def keep_gradients(module: Any) -> dict[str, torch.Tensor]:
+    """Before clipping, those of every optimizer step, by step and name."""
+    gradients: dict[str, torch.Tensor] = {}
+    own = module.on_before_optimizer_step
+
+    def hook(optimizer: torch.optim.Optimizer) -> None:
+        step = len({name.split(":")[0] for name in gradients})
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad and parameter.grad is not None:
+                gradients[f"{step}:{name}"] = whole(parameter.grad).clone()
+        own(optimizer)
+
+    module.on_before_optimizer_step = hook
+    return gradients
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The full tensor of one that is sharded."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def run(module: Any, data: Any, setup: Setup, callbacks: list[Any]) -> dict[str, Any]:
+    """What a run of 3 batches, with a validation before and after, made of the module."""
+    gradients = keep_gradients(module)
+    defaults = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    defaults |= {"enable_checkpointing": False, "max_epochs": 1, "use_distributed_sampler": False}
+    trainer = Trainer(default_root_dir=setup.root, callbacks=callbacks, **defaults | setup.trainer())
+    trainer.fit(module, datamodule=data)
+    metrics = {name: value for name, value in trainer.callback_metrics.items() if not name.startswith("time/")}
+    average = {name: whole(tensor) for callback in callbacks for name, tensor in getattr(callback, "ema", {}).items()}
+    seen = getattr(module, "seen", [])
+    return {
+        "parameters": {n: whole(p).clone() for n, p in module.named_parameters() if p.requires_grad},
+        "gradients": gradients,
+        "metrics": metrics,
+        "average": average,
+        "samples": [batch.rollout.tokens for batch in seen],
+        "advantages": [batch.experience.advantages for batch in seen],
+        "coefficient": torch.tensor(module.kl_controller.coefficient),
+    }
+
+
+def ppo(setup: Setup, **options: Any) -> dict[str, Any]:
+    """PPO with everything that looks at more than one row, on prompts and responses of many lengths."""
+    toy = Toy(Path(setup.models["policy"]))
+    defaults = {"adam_eps": 1e-5, "max_grad_norm": 0.5, "whiten_rewards": True, "entropy_coefficient": 0.01}
+    defaults |= {"kl_penalty": "adaptive", "kl_horizon": 100, "kl_target": 0.5, "reward": WordShare()}
+    module: Recording = toy.ppo(**defaults | options)
+    callbacks = [ElasticReset(every=2, decay=0.9), SampleLogger(4)]
+    return run(module, Lists(ROWS // setup.ranks), setup, callbacks)
+
+
+def game(setup: Setup) -> dict[str, Any]:
+    """The translation game, both players learning, with supervised pairs beside."""
+    size = {"train_pairs": 64, "batch_size": 8 // setup.ranks, "eval_pairs": 8}
+    pairs = {
+        "fr_en": ToyTranslationDataModule(source="fr", target="en", **size),
+        "en_de": ToyTranslationDataModule(source="en", target="de", **size),
+    }
+    limits = {"max_prompt_tokens": 40, "max_target_tokens": 40}
+    sizes = {"batch_size": ROWS // setup.ranks, "eval_batch_size": 6 // setup.ranks, "eval_pairs": 11}
+    data = ToyTranslationGameDataModule(train_pairs=3 * ROWS + 2, **sizes, **limits, **pairs)
+    module = TranslationGame(
+        ModelSource(setup.models["sender"]),
+        ModelSource(setup.models["receiver"]),
+        PPOConfig(epochs=1, mini_batches=2, learning_rate=1e-3, adam_eps=1e-5),
+        Sampling(max_new_tokens=8),
+        receiver_learning_rate=1e-3,
+        seed=0,
+    )
+    return run(module, data, setup, [ElasticReset(every=2, decay=0.9, parameters=["sender.*"])])
+
+
+CASES: dict[str, Callable[[Setup], dict[str, Any]]] = {
+    "plain": ppo,
+    "early_stop": lambda setup: ppo(setup, epochs=4, target_kl=0.01, learning_rate=5e-3),
+    "lora": lambda setup: ppo(setup, lora=True),
+    "micro_batches": lambda setup: ppo(setup, micro_batch_size=2, execution=Execution(trainable_layers=1)),
+    "value_trunk": lambda setup: ppo(setup, separate_value_trunk=True, sampling={"temperature": 0.7}),
+    "game": game,
+}
+
+
+def ddp() -> dict[str, Any]:
+    from lightning.pytorch.strategies import DDPStrategy
+
+    return {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": 2}
+
+
+STRATEGIES = {"ddp": (ddp, CASES)}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    models, rank = torch.load(folder / "models.pt"), int(__import__("os").environ["RANK"])
+    results = {}
+    for strategy, (options, cases) in STRATEGIES.items():
+        for name, case in cases.items():
+            results[f"{strategy}:{name}"] = case(Setup(models, folder / strategy / name, 2, options))
+    torch.save(results, folder / f"rank{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
