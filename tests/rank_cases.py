@@ -5,6 +5,7 @@ A case takes the number of rows of one rank's batch and a `Setup`, and returns w
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from algorithms.conftest import PAD, Recording, Toy, WordShare
+from algorithms.conftest import PAD, Recording, Toy, WordShare, save_policy
 from lightning import Trainer
 from torch.utils.data import DataLoader
 
@@ -22,38 +23,54 @@ from elastic_lightning.algorithms.execution import Execution
 from elastic_lightning.callbacks import SampleLogger
 from elastic_lightning.data import ToyTranslationDataModule, ToyTranslationGameDataModule
 from elastic_lightning.data.module import TextDataModule
-from elastic_lightning.policies import ModelSource, Prompts, Sampling
+from elastic_lightning.policies import ModelSource, Prompts, Sampling, load_policy
 
-ROWS = 12  # of a PPO batch on all ranks
+ROWS = 8  # of a PPO batch on all ranks
+BATCHES = 2
+TRANSLATOR = {"model_type": "marian", "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32}
+TRANSLATOR |= {"decoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "init_std": 0.3}
+TRANSLATOR |= {"max_position_embeddings": 48, "dropout": 0.0}
 
 
 @dataclass
 class Setup:
-    """Where the models are (see `test_ranks`), where runs may write, and what a trainer is given."""
+    """Where the models are (see `save_models`), where runs may write, and what a trainer is given."""
 
-    models: dict[str, str]
+    models: Path
     root: Path
     ranks: int
     trainer: Callable[[], dict[str, Any]]
 
 
-class Lists(TextDataModule):
-    """Prompts of one to six tokens, 3 batches of them for training and 7 for validation; and 5 human texts."""
+def save_models(folder: Path) -> None:
+    """A policy, a sender and a receiver."""
+    (folder / "policy").mkdir(parents=True)
+    save_policy(folder / "policy")
+    ToyTranslationDataModule().train_tokenizer(0).save_pretrained(folder / "words")
+    for seed, name in enumerate(("sender", "receiver")):
+        torch.manual_seed(seed)
+        loaded = load_policy(architecture=TRANSLATOR, tokenizer=str(folder / "words"))
+        loaded.model.save_pretrained(folder / name)
+        loaded.tokenizer.save_pretrained(folder / name)
 
-    def __init__(self, batch_size: int) -> None:
+
+class Lists(TextDataModule):
+    """Prompts of one to six tokens, BATCHES of them for training and some for validation; and 5 human texts."""
+
+    def __init__(self, batch_size: int, eval_prompts: int) -> None:
         super().__init__(None, seed=3)
         self.batch_size = batch_size
         generator = torch.Generator().manual_seed(4)
-        lengths = torch.randint(1, 7, (3 * ROWS + 7,), generator=generator).tolist()
+        lengths = torch.randint(1, 7, (BATCHES * ROWS + eval_prompts,), generator=generator).tolist()
         self.rows = [torch.randint(0, 27, (length,), generator=generator) for length in lengths]
         self.texts = [torch.randint(0, 27, (5,), generator=generator) for _ in range(5)]
 
     def train_dataloader(self) -> DataLoader:
-        return self.dataloader(self.rows[: 3 * ROWS], self.batch_size, True, collate)
+        return self.dataloader(self.rows[: BATCHES * ROWS], self.batch_size, True, collate)
 
     def val_dataloader(self) -> list[DataLoader]:
         return [
-            self.dataloader(self.rows[3 * ROWS :], self.batch_size // 2, False, collate),
+            self.dataloader(self.rows[BATCHES * ROWS :], self.batch_size // 2, False, collate),
             self.dataloader(self.texts, 2, False, torch.stack),
         ]
 
@@ -88,7 +105,8 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def run(module: Any, data: Any, setup: Setup, callbacks: list[Any]) -> dict[str, Any]:
-    """What a run of 3 batches, with a validation before and after, made of the module."""
+    """What a run of BATCHES, with a validation before and after, made of the module."""
+    module.double()  # rounding in float32 would be as large as what is looked for
     gradients = keep_gradients(module)
     defaults = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     defaults |= {"enable_checkpointing": False, "max_epochs": 1, "use_distributed_sampler": False}
@@ -108,14 +126,14 @@ def run(module: Any, data: Any, setup: Setup, callbacks: list[Any]) -> dict[str,
     }
 
 
-def ppo(setup: Setup, **options: Any) -> dict[str, Any]:
+def ppo(setup: Setup, eval_prompts: int = 6, **options: Any) -> dict[str, Any]:
     """PPO with everything that looks at more than one row, on prompts and responses of many lengths."""
-    toy = Toy(Path(setup.models["policy"]))
+    toy = Toy(setup.models / "policy")
     defaults = {"adam_eps": 1e-5, "max_grad_norm": 0.5, "whiten_rewards": True, "entropy_coefficient": 0.01}
     defaults |= {"kl_penalty": "adaptive", "kl_horizon": 100, "kl_target": 0.5, "reward": WordShare()}
     module: Recording = toy.ppo(**defaults | options)
-    callbacks = [ElasticReset(every=2, decay=0.9), SampleLogger(4)]
-    return run(module, Lists(ROWS // setup.ranks), setup, callbacks)
+    callbacks = [ElasticReset(every=1, decay=0.9), SampleLogger(4)]
+    return run(module, Lists(ROWS // setup.ranks, eval_prompts), setup, callbacks)
 
 
 def game(setup: Setup) -> dict[str, Any]:
@@ -127,20 +145,21 @@ def game(setup: Setup) -> dict[str, Any]:
     }
     limits = {"max_prompt_tokens": 40, "max_target_tokens": 40}
     sizes = {"batch_size": ROWS // setup.ranks, "eval_batch_size": 6 // setup.ranks, "eval_pairs": 11}
-    data = ToyTranslationGameDataModule(train_pairs=3 * ROWS + 2, **sizes, **limits, **pairs)
+    data = ToyTranslationGameDataModule(train_pairs=BATCHES * ROWS + 2, **sizes, **limits, **pairs)
     module = TranslationGame(
-        ModelSource(setup.models["sender"]),
-        ModelSource(setup.models["receiver"]),
+        ModelSource(str(setup.models / "sender")),
+        ModelSource(str(setup.models / "receiver")),
         PPOConfig(epochs=1, mini_batches=2, learning_rate=1e-3, adam_eps=1e-5),
         Sampling(max_new_tokens=8),
         receiver_learning_rate=1e-3,
         seed=0,
     )
-    return run(module, data, setup, [ElasticReset(every=2, decay=0.9, parameters=["sender.*"])])
+    return run(module, data, setup, [ElasticReset(every=1, decay=0.9, parameters=["sender.*"])])
 
 
 CASES: dict[str, Callable[[Setup], dict[str, Any]]] = {
     "plain": ppo,
+    "uneven": lambda setup: ppo(setup, eval_prompts=7),
     "early_stop": lambda setup: ppo(setup, epochs=4, target_kl=0.01, learning_rate=5e-3),
     "lora": lambda setup: ppo(setup, lora=True),
     "micro_batches": lambda setup: ppo(setup, micro_batch_size=2, execution=Execution(trainable_layers=1)),
@@ -149,22 +168,33 @@ CASES: dict[str, Callable[[Setup], dict[str, Any]]] = {
 }
 
 
+SHARDED = {name: CASES[name] for name in ("plain", "early_stop", "lora")}
+
+
 def ddp() -> dict[str, Any]:
     from lightning.pytorch.strategies import DDPStrategy
 
     return {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": 2}
 
 
-STRATEGIES = {"ddp": (ddp, CASES)}
+def fsdp() -> dict[str, Any]:
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    sizes = {"data_parallel_size": 2, "tensor_parallel_size": 1}
+    strategy = ModelParallelStrategy(**sizes, save_distributed_checkpoint=False, process_group_backend="gloo")
+    return {"strategy": strategy, "devices": 2}
+
+
+STRATEGIES = {"ddp": (ddp, {n: case for n, case in CASES.items() if n != "plain"}), "fsdp": (fsdp, SHARDED)}
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    models, rank = torch.load(folder / "models.pt"), int(__import__("os").environ["RANK"])
+    rank = int(os.environ["RANK"])
     results = {}
     for strategy, (options, cases) in STRATEGIES.items():
         for name, case in cases.items():
-            results[f"{strategy}:{name}"] = case(Setup(models, folder / strategy / name, 2, options))
+            results[f"{strategy}:{name}"] = case(Setup(folder / "models", folder / strategy / name, 2, options))
     torch.save(results, folder / f"rank{rank}.pt")
 
 

@@ -41,6 +41,7 @@ from elastic_lightning.policies import (
     ended,
 )
 from elastic_lightning.policies.reference import ReferenceKind
+from elastic_lightning.policies.sharding import full
 from elastic_lightning.rewards import Reward
 
 FIRST_RATIO_TOLERANCE = 0.05
@@ -96,10 +97,10 @@ class PPO(PolicyModule):
     def training_step(self, batch: Prompts | NamedTuple, batch_idx: int) -> None:
         prompts = self.prompts(batch)
         self._check_prompts(prompts)
-        with self._timed("rollout"):
+        with self.gathered(), self._timed("rollout"):
             first_row = sum(rows_of_ranks(len(prompts.tokens))[: self.global_rank])
             decoded = self.rollout(prompts, self.ppo_step, first_row)
-        with self._timed("scoring"):
+        with self.gathered(), self._timed("scoring"):
             texts, scores = self.score(batch, decoded.responses)
             trunk = self.trunk_hidden(prompts, decoded.responses)
             rollout = self.recompute(prompts, decoded, trunk)
@@ -260,7 +261,8 @@ class PPO(PolicyModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Here, and not before `step`, because a gradient scaler unscales on the way.
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.grad_norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        self.grad_norm = full(norm)
         limit = self.config.max_grad_norm
         # On a GPU, asking whether there is anything to clip would wait for it; on a CPU it saves a pass over the model.
         if limit is not None and (self.device.type != "cpu" or self.grad_norm > limit):

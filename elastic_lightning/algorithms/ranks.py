@@ -52,6 +52,14 @@ def rows_of_ranks(rows: int) -> list[int]:
     return sum_of_ranks(counts).tolist()
 
 
+def any_rank(values: Tensor) -> bool:
+    """Whether any value is true on any rank."""
+    found = values.any().to(torch.int32)
+    if several():
+        dist.all_reduce(found)
+    return bool(found)
+
+
 def gather(tensor: Tensor, left: bool = False) -> Tensor:
     """The rows [B, L, ...] of all ranks in their order, filled up with zeros to the longest L of any (or [B] alone).
 

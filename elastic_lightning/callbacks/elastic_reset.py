@@ -142,7 +142,8 @@ class EMAOnly(WeightSets):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = trainer.log_dir  # asked for on every rank: the first one tells the others
-        writes = self.save and trainer.is_global_zero and folder and not trainer.fast_dev_run
+        sharded = type(trainer.strategy).__name__ == "ModelParallelStrategy"  # then every rank holds a part
+        writes = self.save and (trainer.is_global_zero or sharded) and folder and not trainer.fast_dev_run
         if writes and hasattr(pl_module, "save_pretrained"):
             _settle_all(trainer)
             with self.average_weights():
