@@ -335,6 +335,7 @@ class PolicyModule(LightningModule):
         for root in (*roots.values(), *rewards):
             shard(root, self.device_mesh["data_parallel"], layer_dtype(self.trainer))
         self._sharded = roots
+        self.register_state_dict_post_hook(_keep_trained)  # before what is frozen would be gathered for a checkpoint
 
     def gathered(self) -> AbstractContextManager:
         """Within this context, which records no gradient, parts of a sharded policy and its reference can be called."""
@@ -364,6 +365,9 @@ class PolicyModule(LightningModule):
         checkpoint["ppo_step"] = self.ppo_step
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._sharded:  # the strategy has taken the weights, and checked their names and shapes
+            self._restore_counters(checkpoint)
+            return
         saved, own = checkpoint["state_dict"], self.state_dict()
         expected = self._checkpointed_names()
         missing, unexpected = sorted(expected - set(saved)), sorted(set(saved) - expected)
@@ -374,6 +378,9 @@ class PolicyModule(LightningModule):
                 f"the checkpoint is of another model: {len(missing)} weights missing, {len(unexpected)} unexpected, "
                 f"{len(shapes)} of another shape (e.g. {example}); use the config it was trained with"
             )
+        self._restore_counters(checkpoint)
+
+    def _restore_counters(self, checkpoint: dict[str, Any]) -> None:
         if "ppo_step" not in checkpoint:
             raise UserError("the checkpoint is not of a policy trained here: it holds no ppo_step")
         self.ppo_step = checkpoint["ppo_step"]
@@ -393,6 +400,13 @@ class PolicyModule(LightningModule):
 
 def _trained(lm: PolicyLM) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in lm.named_parameters() if parameter.requires_grad}
+
+
+def _keep_trained(module: PolicyModule, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """A hook of `state_dict`: leave out what a checkpoint does not keep."""
+    kept = {prefix + name for name in module._checkpointed_names()}
+    for name in [name for name in state if name not in kept]:
+        del state[name]
 
 
 def _rows(texts: Texts, scores: Scores, columns: dict[str, list[str]] | None = None) -> list[dict[str, Any]]:

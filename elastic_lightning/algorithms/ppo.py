@@ -34,7 +34,6 @@ from elastic_lightning.policies import (
     ModelSource,
     PairedTexts,
     Prompts,
-    Rollout,
     Sampling,
     Texts,
     counter_uniforms,

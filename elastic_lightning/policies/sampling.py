@@ -86,7 +86,7 @@ def sample(
 
     T is the length of the longest response: decoding stops when every row has ended. `lm` is what decodes, the policy's
     own model by default. `stop` says of tokens [B, t] so far which rows [B] end here, beside those with an end of text;
-    `going_on` says of the rows [B] that have not ended whether to decode on, which several processes may decide together.
+    `going_on` says of the rows [B] that have not ended whether to decode on, which processes may decide together.
     """
     lm = policy.lm if lm is None else lm
     state, hidden = lm.start(prompts, sampling.max_new_tokens - 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import rank_cases
 import torch
+from algorithms.conftest import PAD
 
 TESTS = Path(__file__).parents[1]
 
@@ -39,15 +40,26 @@ def results(tmp_path_factory):
     """What one process and each of two made of every case: name -> (one, [first, second])."""
     folder = tmp_path_factory.mktemp("ranks")
     rank_cases.save_models(folder / "models")
+
+    def one(name, **options):
+        return rank_cases.Setup(folder / "models", folder / "one" / name, 1, dict, **options)
+
+    for name in rank_cases.HALVES:
+        rank_cases.first_half(name, one(f"half_{name}", save_to=folder / f"{name}.ckpt"))
     processes = launch(folder)
-    one = {}
-    for name in {name: None for _, cases in rank_cases.STRATEGIES.values() for name in cases}:
-        one[name] = rank_cases.CASES[name](rank_cases.Setup(folder / "models", folder / "one" / name, 1, dict))
+    expected = {name: case(one(name)) for name, case in rank_cases.CASES.items()}
+    expected |= {f"resumed_{name}": rank_cases.both_halves(name, one(f"whole_{name}")) for name in rank_cases.HALVES}
     for process in processes:
         output, _ = process.communicate(timeout=500)
         assert process.returncode == 0, output[-5000:]
     two = [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
-    return {name: (one[name.split(":")[1]], [rank[name] for rank in two]) for name in two[0]}
+    compared = {name: (expected[name.split(":")[1]], [rank[name] for rank in two]) for name in two[0]}
+    for strategy, names in rank_cases.RESUMED.items():
+        for name in names:
+            path = folder / f"{strategy}_{name}.ckpt"
+            rest = rank_cases.both_halves(name, one(f"{strategy}_rest_{name}", resume_from=path))
+            compared[f"{strategy}:resumed_{name}_on_one"] = (expected[f"resumed_{name}"], [rest])
+    return compared
 
 
 def differences(one, other):
@@ -59,8 +71,11 @@ def differences(one, other):
             expected, got = {kind: expected}, {kind: got}
         elif isinstance(expected, list):
             expected, got = dict(enumerate(expected)), dict(enumerate(got))
-        assert expected.keys() == got.keys(), kind
-        found[kind] = max((difference(expected[name], got[name]) for name in expected), default=0.0)
+        if isinstance(expected, str):
+            assert expected == got
+        else:
+            assert expected.keys() == got.keys(), kind
+            found[kind] = max((difference(expected[name], got[name]) for name in expected), default=0.0)
     return found
 
 
@@ -70,7 +85,9 @@ def difference(expected, got):
     return (expected.double() - got.double()).abs().max().item() / max(1.0, expected.double().abs().max().item())
 
 
+RESUMED = [(strategy, f"resumed_{name}") for strategy, names in rank_cases.RESUMED.items() for name in names]
 NAMES = [f"{strategy}:{name}" for strategy, (_, cases) in rank_cases.STRATEGIES.items() for name in cases]
+NAMES += [f"{strategy}:{name}{where}" for strategy, name in RESUMED for where in ("", "_on_one")]
 
 
 @pytest.mark.slow
@@ -78,8 +95,13 @@ NAMES = [f"{strategy}:{name}" for strategy, (_, cases) in rank_cases.STRATEGIES.
 def test_two_ranks_are_one(results, name):
     one, two = results[name]
     for rank in two:
+        if "resumed" in name:  # the second half alone was seen
+            count = len(rank["samples"])
+            assert 0 < count < len(one["samples"])
+            one = {
+                k: v[-count:] if isinstance(v, list) else v for k, v in one.items() if k not in ("gradients", "texts")
+            }
         worst = differences(one, rank)
-        print(name, worst, {n: (one["metrics"][n], v) for n,v in rank["metrics"].items() if difference(one["metrics"][n], v)>1e-6})
         assert max(worst.values()) <= 1e-6, worst
 
 
@@ -87,7 +109,8 @@ def test_two_ranks_are_one(results, name):
 def test_the_cases_are_what_they_say(results):
     one = results["ddp:early_stop"][0]["metrics"]
     assert one["train/stopped_early"] == 1 and 0 < one["train/optimizer_steps"] < 8
-    assert results["ddp:plain"][0]["coefficient"] != 0.05  # adapted
-    assert all(gradient.abs().max() > 0 for gradient in results["ddp:plain"][0]["gradients"].values())
-    lengths = {row.tolist().index(29) if 29 in row else len(row) for row in results["ddp:plain"][0]["samples"][0]}
-    assert len(lengths) > 2
+    uneven = results["ddp:uneven"][0]
+    assert uneven["coefficient"] != 0.05  # adapted
+    assert all(gradient.abs().max() > 0 for gradient in uneven["gradients"].values())
+    assert len(uneven["texts"].splitlines()) == 2 * 4 and uneven["folder"] and uneven["distance"] > 0
+    assert len({tuple(row.tolist()).index(PAD) if PAD in row else len(row) for row in uneven["samples"][0]}) > 2
