@@ -5,6 +5,7 @@ A case takes the number of rows of one rank's batch and a `Setup`, and returns w
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -54,7 +55,9 @@ def save_models(folder: Path) -> None:
     save_policy(folder / "policy")
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(3)
-    config = BertConfig(save_tokenizer(folder / "classifier"), **size, pad_token_id=PAD, initializer_range=0.5)
+    config = BertConfig(
+        vocab_size=save_tokenizer(folder / "classifier"), **size, pad_token_id=PAD, initializer_range=0.5
+    )
     BertForSequenceClassification(config).save_pretrained(folder / "classifier")
     ToyTranslationDataModule().train_tokenizer(0).save_pretrained(folder / "words")
     for seed, name in enumerate(("sender", "receiver")):
@@ -136,7 +139,7 @@ def run(module: Any, data: Any, setup: Setup, callbacks: list[Any], **options: A
         "advantages": [batch.experience.advantages for batch in seen],
         "coefficient": torch.tensor(module.kl_controller.coefficient),
         "folder": written(setup.root),
-        "texts": (setup.root / "samples.jsonl").read_text(),
+        "texts": texts(setup.root),
     }
 
 
@@ -144,6 +147,12 @@ def make_trainer(setup: Setup, callbacks: list[Any], **options: Any) -> Trainer:
     defaults = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     defaults |= {"enable_checkpointing": False, "max_epochs": 1, "use_distributed_sampler": False}
     return Trainer(default_root_dir=setup.root, callbacks=callbacks, **defaults | setup.trainer() | options)
+
+
+def texts(folder: Path) -> str:
+    """What `SampleLogger` left behind, without rewards, which are rounded."""
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    return "\n".join(str({name: value for name, value in row.items() if name != "reward"}) for row in rows)
 
 
 def written(folder: Path) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ from elastic_lightning.algorithms.execution import Execution
 from elastic_lightning.algorithms.memory import keep_memory_of_fit, weights_cast_once
 from elastic_lightning.algorithms.policy_metrics import PolicyMetrics
 from elastic_lightning.algorithms.ranks import any_rank, rows_of_ranks
-from elastic_lightning.algorithms.strategies import check_sharding, check_strategy, layer_dtype
+from elastic_lightning.algorithms.strategies import check_sharding, check_strategy, layer_dtype, load_sharded_optimizer
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import (
     ActorCritic,
@@ -366,6 +366,8 @@ class PolicyModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self._sharded:  # the strategy has taken the weights, and checked their names and shapes
+            for optimizer, state in zip(self.trainer.optimizers, checkpoint.get("optimizer_states", []), strict=True):
+                load_sharded_optimizer(optimizer, state)
             self._restore_counters(checkpoint)
             return
         saved, own = checkpoint["state_dict"], self.state_dict()

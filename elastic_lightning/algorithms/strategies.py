@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from lightning import Trainer
+from torch.optim import Optimizer
 
 from elastic_lightning.algorithms.execution import Execution
 from elastic_lightning.errors import UserError
@@ -46,6 +49,28 @@ def check_sharding(trainer: Trainer, execution: Execution) -> None:
     for option in ("rollout_dtype", "trainable_layers", "compile"):
         if getattr(execution, option):
             raise UserError(f"execution.{option} does not work with sharded weights: leave it out, or use ddp")
+
+
+@torch.no_grad()
+def load_sharded_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Put a saved state with whole tensors, that of any number of processes, into an optimizer of sharded weights.
+
+    Lightning numbers a saved state by all weights of the module, and an optimizer by those it trains: here what counts
+    is the order within the groups, which is the same in both.
+    """
+    from torch.distributed.tensor import distribute_tensor
+
+    optimizer.state.clear()
+    for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        group.update({name: value for name, value in saved_group.items() if name != "params"})
+        for parameter, number in zip(group["params"], saved_group["params"], strict=True):
+            for name, value in saved["state"].get(number, {}).items():
+                if value.shape == parameter.shape:
+                    mesh, placements = parameter.device_mesh, parameter.placements
+                    value = distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)
+                elif group.get("fused"):
+                    value = value.to(parameter.device)  # the count of steps
+                optimizer.state[parameter][name] = value
 
 
 def layer_dtype(trainer: Trainer) -> torch.dtype | None:
