@@ -26,6 +26,7 @@ _HOMES = {
     "rewards": ("Reward", "ClassifierReward", "FunctionReward", "WeightedReward"),
     "data": (
         "IMDBDataModule",
+        "StackExchangeDataModule",
         "ToyReviewsDataModule",
         "ToyTranslationDataModule",
         "ToyTranslationGameDataModule",
