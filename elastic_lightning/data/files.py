@@ -65,6 +65,20 @@ def read_table(file: Path) -> Dataset:
     return data
 
 
+def read_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of such a file, one by one.
+
+    Raises:
+        UserError: it cannot be read, or holds no rows.
+    """
+    try:
+        for chunk in read_table(file).iter(batch_size=1000):
+            for values in zip(*chunk.values(), strict=True):
+                yield dict(zip(chunk, values, strict=True))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} holds text that is not UTF-8: convert the file") from error
+
+
 def read_hub(name: str, option: str = "data.init_args.path") -> dict[str, Dataset]:
     """Read a data set from the hub.
 
@@ -111,11 +125,14 @@ def column(data: Dataset, name: str, option: str) -> list:
     """One column as a list.
 
     Raises:
-        UserError: it is not there; the message lists those that are and names the `option` to set.
+        UserError: it is not there (the message lists those that are and names the `option` to set), or is not UTF-8.
     """
     if name not in data.column_names:
         raise UserError(f"the data has no column {name!r}, only {data.column_names}; set {option}")
-    return list(data[name])
+    try:
+        return list(data[name])
+    except UnicodeDecodeError as error:
+        raise UserError(f"the column {name!r} holds text that is not UTF-8: convert the file") from error
 
 
 def _read_saved(folder: Path) -> dict[str, Dataset]:

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from elastic_lightning.errors import UserError
@@ -57,14 +57,14 @@ class Shares:
     evaluation: float = 0.1
 
     def __post_init__(self) -> None:
-        shares = asdict(self)
+        shares = vars(self)
         if min(shares.values()) < 0 or self.evaluation == 0 or not math.isclose(sum(shares.values()), 1):
             raise UserError(f"data's shares must be 0 or more, evaluation above 0, and sum to 1, got {shares}")
 
     def part_of(self, question: str) -> str:
         """The part that a question belongs to: a function of its text alone, so all stages and all seeds agree."""
         place, end = position(question), 0.0
-        for part, share in asdict(self).items():
+        for part, share in vars(self).items():
             end += share
             if place < end:
                 return part

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from elastic_lightning.data.dialogue import AsRewardsRead, ChatTemplate, Dialogue, QuestionAnswer
-from elastic_lightning.data.files import read_table, stream_rows, table_files
+from elastic_lightning.data.files import read_rows, stream_rows, table_files
 from elastic_lightning.data.module import TextDataModule
 from elastic_lightning.data.preferences import Preference, encode_pairs, preference_batch
 from elastic_lightning.data.questions import Question, Shares, collect, evaluation_half, key_of
@@ -124,7 +124,7 @@ class StackExchangeDataModule(TextDataModule):
         if place is None or (place / HUB_EVALUATION).is_dir():
             splits, left_out = self._load_parts(self.hub_id if place is None else str(place), limits)
         elif place.exists():
-            tables = ((str(file), read_table(file)) for file in _files(place))
+            tables = ((str(file), read_rows(file)) for file in _files(place))
             splits, left_out = collect(tables, self._split_of, {"train": self.limit_questions, **limits})
         else:
             raise UserError(f"data path {place} does not exist")

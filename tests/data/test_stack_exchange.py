@@ -1,0 +1,428 @@
+import gzip
+import json
+import logging
+import re
+
+import pytest
+import torch
+from lightning import Trainer
+
+from elastic_lightning.algorithms import PPO, LanguageModel, PPOConfig
+from elastic_lightning.cli import main
+from elastic_lightning.data import StackExchangeDataModule
+from elastic_lightning.data.files import read_rows, table_files
+from elastic_lightning.data.questions import Shares, collect, key_of
+from elastic_lightning.data.tokenizers import main as tokenizer_main
+from elastic_lightning.data.tokenizers import train_bpe
+from elastic_lightning.errors import UserError
+from elastic_lightning.policies import ModelSource, Sampling, load_tokenizer
+from elastic_lightning.rewards import Reward
+
+TASKS = ("supervised", "pairs", "prompts")
+RANKED = [
+    {
+        "question_id": number,
+        "question": f"How do I sort list {number}?" + " Please!" * (number % 7),
+        "answers": [f"Use sorted, for list {number}.", "I do not know.", f"Ask {number} others."][: 2 + number % 2],
+    }
+    for number in range(200)
+]
+PAIRED = [
+    {"qid": row["question_id"], "question": row["question"], "response_j": row["answers"][0], "response_k": worse}
+    for row in RANKED
+    for worse in row["answers"][1:]
+]
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("bpe"))
+    texts = [f"Question: {row['question']}\n\nAnswer: {answer}" for row in RANKED for answer in row["answers"]]
+    train_bpe(texts, 400).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def hub_copy(write_rows, tmp_path):
+    """A folder laid out as the data set on the hub."""
+    for part, rows in (("finetune", PAIRED[:40]), ("reward", PAIRED[40:80]), ("rl", PAIRED[80:120])):
+        write_rows(rows, f"hub/data/{part}/train-00000.jsonl.gz")
+    write_rows(PAIRED[120:200], "hub/data/evaluation/train-00000.jsonl.gz")
+    return str(tmp_path / "hub")
+
+
+def module(path, task="prompts", tokenizer=None, **options):
+    sizes = {"batch_size": 4, "eval_batch_size": 4, "block_size": 32, "max_tokens": 60, "max_prompt_tokens": 60}
+    return StackExchangeDataModule(path, task=task, tokenizer=tokenizer, **sizes | options)
+
+
+def keys(questions):
+    return {key_of(question.text) for question in questions}
+
+
+# Which question goes where ------------------------------------------------------------------------------------------
+
+
+def test_no_question_is_in_two_stages(write_rows):
+    again = [{**row, "question_id": 1000 + row["question_id"], "answers": row["answers"][::-1]} for row in RANKED]
+    shouted = [{**row, "question": f"  {row['question'].upper()} "} for row in RANKED]
+    path = write_rows(RANKED + again + shouted)
+    splits = {task: module(path, task, seed=seed).load() for seed, task in enumerate(TASKS)}
+    train = [keys(splits[task]["train"]) for task in TASKS]
+    held_out = [keys(splits["pairs"][name]) for name in ("validation", "test")]
+    parts = [*train, *held_out]
+    assert all(parts)
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 200  # each question once: disjoint, and none is lost
+    for task in TASKS:  # the same held-out questions, whatever the stage and the seed
+        assert [keys(splits[task][name]) for name in ("validation", "test")] == held_out
+        assert all(len(split) == len(keys(split)) for split in splits[task].values())  # equal questions are one
+
+
+def test_a_stage_may_use_another_ones_part(write_rows):
+    path = write_rows(RANKED)
+    assert module(path, "prompts", part="reward").load() == module(path, "pairs").load()
+    shares = Shares(supervised=0.0, reward=0.0, rl=0.5, evaluation=0.5)
+    assert len(module(path, "prompts", shares=shares).load()["train"]) > 70
+    with pytest.raises(UserError, match=r"no question for train in .*part reward"):
+        module(path, "pairs", shares=shares).load()
+
+
+def test_limits_keep_the_first_questions(write_rows):
+    path = write_rows(RANKED)
+    everything, some = module(path).load(), module(path, limit_questions=7, eval_questions=3).load()
+    assert some == {"train": everything["train"][:7], **{k: everything[k][:3] for k in ("validation", "test")}}
+
+
+@pytest.mark.parametrize("layout", ["one file", "folder of files", "paired", "csv", "parquet"])
+def test_every_layout_gives_the_same_questions(layout, write_rows, tmp_path):
+    from datasets import Dataset
+
+    expected = module(write_rows(RANKED)).load()
+    (tmp_path / "many").mkdir()
+    if layout == "one file":
+        path = write_rows(RANKED, "rows.jsonl.gz")
+    elif layout == "folder of files":
+        write_rows(RANKED[:90], "many/b.jsonl.gz"), write_rows(PAIRED[135:], "many/a.jsonl")
+        (tmp_path / "many" / "README.md").write_text("not data")
+        path = str(tmp_path / "many")
+    elif layout == "paired":
+        path = write_rows(PAIRED)
+    else:
+        path = str(tmp_path / f"rows.{layout}")
+        getattr(Dataset.from_list(PAIRED), f"to_{layout}")(path)
+    found = module(path).load()
+    if layout == "folder of files":  # a.jsonl comes first
+        expected, found = ({name: keys(split) for name, split in splits.items()} for splits in (expected, found))
+    assert found == expected
+
+
+# The hub ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("task", "first"), [("supervised", 0), ("pairs", 40), ("prompts", 80)])
+def test_each_stage_streams_its_folder_of_the_hub(task, first, hub_copy):
+    splits = module(hub_copy, task).load()
+    measured = {key_of(row["question"]) for row in PAIRED[120:200]}
+    trained = {key_of(row["question"]) for row in PAIRED[first : first + 40]}
+    assert keys(splits["train"]) == trained - measured
+    assert keys(splits["validation"]) | keys(splits["test"]) == measured
+    assert not keys(splits["validation"]) & keys(splits["test"])
+
+
+def test_the_hub_is_asked_for_a_stream_of_one_folder(hub_copy, monkeypatch):
+    import datasets
+
+    asked, load = [], datasets.load_dataset
+
+    def from_copy(name, **options):
+        asked.append((name, *sorted(options.items())))
+        return load(hub_copy, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", from_copy)
+    monkeypatch.setattr("elastic_lightning.data.files.hub_offline", lambda: False)
+    splits = module(None, "pairs", limit_questions=5).load()
+    assert splits == module(hub_copy, "pairs", limit_questions=5).load() and len(splits["train"]) == 5
+    assert asked[0] == (
+        "lvwerra/stack-exchange-paired",
+        ("data_dir", "data/reward"),
+        ("split", "train"),
+        ("streaming", True),
+    )
+    assert asked[1] == (asked[0][0], ("data_dir", "data/evaluation"), *asked[0][2:])
+
+
+def test_the_hub_cannot_be_reached(monkeypatch):
+    monkeypatch.setattr("elastic_lightning.policies.loading.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"stack-exchange-paired.*data.init_args.path") as raised:
+        module(None).load()
+    assert "\n" not in str(raised.value)
+
+
+# The three tasks ----------------------------------------------------------------------------------------------------
+
+
+def test_supervised_text_is_packed(write_rows, bpe):
+    data = module(write_rows(RANKED), "supervised", bpe)
+    data.setup("fit")
+    tokenizer, stream = load_tokenizer(bpe), []
+    for question in data.splits["train"]:
+        best = next(row["answers"][0] for row in RANKED if row["question"] == question.text)
+        stream += tokenizer(f"Question: {question.text}\n\nAnswer: {best}")["input_ids"] + [tokenizer.eos_token_id]
+    assert data.packed("train").flatten().tolist() == stream[: len(stream) // 32 * 32]
+    assert next(iter(data.train_dataloader())).shape == (4, 32)
+    assert next(iter(data.val_dataloader())).shape == (4, 32)
+
+
+def test_supervised_answers_are_all_the_better_ones(write_rows, bpe):
+    rows = [
+        {"question": "q", "response_j": better, "response_k": "no"} for better in ("first answer", "second answer")
+    ] + PAIRED
+    for per_question, expected in ((None, 2), (1, 1)):
+        data = module(write_rows(rows), "supervised", bpe, shares=Shares(0.8, 0, 0, 0.2), per_question=per_question)
+        data.setup("fit")
+        assert load_tokenizer(bpe).decode(data.packed("train").flatten()).count("Question: q\n") == expected
+
+
+def test_pairs(write_rows, bpe):
+    data = module(write_rows(RANKED), "pairs", bpe, max_tokens=100)
+    data.setup("fit")
+    tokenizer, expected = load_tokenizer(bpe), []
+    for question in data.splits["train"]:
+        row = next(row for row in RANKED if row["question"] == question.text)
+        for worse in row["answers"][1:]:
+            expected.append(
+                tuple(f"Question: {row['question']}\n\nAnswer: {answer}" for answer in (row["answers"][0], worse))
+            )
+    batches = list(data.train_dataloader())
+    found = [
+        tuple(tokenizer.decode(tokens[row][mask[row]]) for tokens, mask in (batch[:2], batch[2:4]))
+        for batch in batches
+        for row in range(4)
+    ]
+    assert set(found) <= set(expected) and len(set(found)) == len(expected) // 4 * 4
+    assert all(batch.margin.tolist() == [0.0] * 4 for batch in batches)
+    assert len(list(data.val_dataloader())) == -(-len(data.pairs("validation")) // 4)
+
+
+def test_one_random_pair_of_each_question(write_rows, bpe):
+    data = module(write_rows(RANKED), "pairs", bpe, max_tokens=100, per_question=1)
+    data.setup("fit")
+    assert len(data.pairs("train")) == len(data.splits["train"])
+
+
+@pytest.mark.parametrize("overlong", ["drop", "truncate"])
+def test_overlong_pairs_are_dropped_or_cut_and_told_of_once(overlong, write_rows, bpe, caplog):
+    path = write_rows(RANKED)
+    whole = module(path, "pairs", bpe, max_tokens=1000)
+    whole.setup("fit")
+    rows = whole.pairs("train")
+    long = sum(max(len(row.chosen), len(row.rejected)) > 28 for row in rows)
+    assert 0 < long < len(rows)
+    data = module(path, "pairs", bpe, max_tokens=28, overlong=overlong)
+    with caplog.at_level(logging.INFO):
+        data.setup("fit")
+        kept = data.pairs("train")
+    said = "left out" if overlong == "drop" else "cut at the beginning"
+    assert caplog.text.count(f"{long} train pairs with a text longer than 28 tokens, {said}") == 1
+    if overlong == "drop":
+        assert kept == [row for row in rows if max(len(row.chosen), len(row.rejected)) <= 28]
+    else:
+        assert [row.chosen for row in kept] == [row.chosen[-28:] for row in rows]
+
+
+def test_prompts_are_short_enough_and_begin_the_supervised_text(write_rows, bpe, caplog):
+    path, tokenizer = write_rows(RANKED), load_tokenizer(bpe)
+    data = module(path, "prompts", bpe, max_prompt_tokens=22, eval_prompts=5)
+    with caplog.at_level(logging.INFO):
+        data.setup("fit")
+    expected = [f"Question: {question.text}\n\nAnswer:" for question in data.splits["train"]]
+    expected = [ids for ids in tokenizer(expected)["input_ids"] if len(ids) <= 22]
+    assert 0 < len(expected) < len(data.splits["train"])
+    dropped = len(data.splits["train"]) - len(expected)
+    assert f"{dropped} train questions longer than 22 tokens, left out ({len(expected)} remain)" in caplog.text
+    assert data.prompts("train") == expected
+    batch, rows = next(iter(data.train_dataloader())), list(data.train_dataloader().sampler)[:4]
+    assert [tokens[mask].tolist() for tokens, mask in zip(*batch, strict=True)] == [expected[row] for row in rows]
+    assert all(mask.tolist() == sorted(mask.tolist()) for mask in batch.mask)  # padding stands on the left
+    prompts, human = data.val_dataloader()
+    assert sum(len(batch.tokens) for batch in prompts) == 5
+    assert next(iter(human)).shape == (4, 32)
+    supervised = module(path, "supervised", bpe, part="rl")
+    supervised.setup("fit")
+    stream = supervised.packed("train").flatten().tolist()
+    assert stream[: len(data.prompts("train")[0])] == data.prompts("train")[0]
+
+
+def test_the_chat_template_is_that_of_the_tokenizer(write_rows, bpe, tmp_path):
+    tokenizer = load_tokenizer(bpe)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}assistant:{% endif %}"
+    tokenizer.save_pretrained(tmp_path / "chat")
+    path = write_rows(RANKED)
+    data = module(path, "prompts", str(tmp_path / "chat"), prompt_format="chat")
+    data.setup("fit")
+    first = data.splits["train"][0].text
+    assert tokenizer.decode(data.prompts("train")[0]) == f"user: {first}\nassistant:"
+    data = module(path, "pairs", str(tmp_path / "chat"), prompt_format="chat", max_tokens=100, part="rl")
+    data.setup("fit")
+    assert tokenizer.decode(data.pairs("train")[0].chosen).startswith(f"user: {first}\nassistant: Use sorted")
+    with pytest.raises(UserError, match="no chat template"):
+        module(path, "prompts", bpe, prompt_format="chat").setup("fit")
+
+
+def test_a_tokenizer_for_this_text(write_rows, tmp_path):
+    path = write_rows(RANKED)
+    options = ["--data=StackExchangeDataModule", f"--data.path={path}", "--data.task=supervised", "--vocabulary=300"]
+    assert tokenizer_main([*options, f"--output={tmp_path / 'bpe'}"]) == 0
+    tokenizer = load_tokenizer(str(tmp_path / "bpe"))
+    assert len(tokenizer) == 300
+    assert len(tokenizer("\n\nAnswer:")["input_ids"]) < 6  # the format's words were in the text
+
+
+# In a run -----------------------------------------------------------------------------------------------------------
+
+
+class Shortness(Reward):
+    def forward(self, prompts, responses):
+        return torch.tensor([-float(len(response)) for response in responses])
+
+
+def trainer(tmp_path, **options):
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    return Trainer(accelerator="cpu", default_root_dir=tmp_path, max_epochs=1, **quiet | options)
+
+
+def test_language_model_and_ppo_take_their_batches(write_rows, llama_folder, tmp_path):
+    words = [{"question": f"w{3 + i % 20} w{3 + i % 7}", "answers": [f"w{3 + i % 9}", "w4 w5"]} for i in range(200)]
+    path = write_rows(words)
+    model = LanguageModel(ModelSource(llama_folder))
+    fit = trainer(tmp_path, limit_train_batches=2)
+    fit.fit(model, datamodule=module(path, "supervised", block_size=8, batch_size=2))
+    assert fit.callback_metrics["val/perplexity"] > 1
+    ppo = PPO(ModelSource(llama_folder), Shortness(), PPOConfig(epochs=1, mini_batches=1), Sampling(4))
+    fit = trainer(tmp_path, limit_train_batches=2, use_distributed_sampler=False)
+    fit.fit(
+        ppo, datamodule=module(path, batch_size=2, block_size=8, max_prompt_tokens=20, shares=Shares(0, 0, 0.5, 0.5))
+    )
+    assert ppo.ppo_step == 2
+    assert {"val/reward", "val/perplexity"} <= set(fit.callback_metrics)
+    with pytest.raises(UserError, match="max_prompt_tokens"):
+        trainer(tmp_path).fit(ppo, datamodule=module(path, max_prompt_tokens=64))
+
+
+# Mistakes -----------------------------------------------------------------------------------------------------------
+
+
+LINES = "".join(json.dumps(row) + "\n" for row in RANKED).encode()
+BAD_FILES = {
+    "cut off": ("rows.jsonl.gz", gzip.compress(LINES)[:-200], "cannot read .*rows.jsonl.gz"),
+    "not gzip": ("rows.jsonl.gz", LINES, "cannot read .*rows.jsonl.gz"),
+    "not UTF-8": ("rows.jsonl", LINES.replace(b"sort", b"s\xff\xferst"), "rows.jsonl holds text that is not UTF-8"),
+    "not JSON": ("rows.jsonl", LINES + b"{oh no\n", "cannot read .*rows.jsonl"),
+    "empty": ("rows.jsonl", b"", "rows.jsonl.*(empty|no rows)"),
+    "other kind": ("rows.txt", LINES, "give .jsonl, .csv"),
+    "misspelt": ("rows.jsonl", LINES.replace(b'"answers"', b'"answer"'), "no column 'response_j', only .*'answer'"),
+    "empty question": ("rows.jsonl", LINES + b'{"question": "", "answers": ["a"]}\n', "row 201 of .* empty question"),
+}
+
+
+def complaint(path):
+    with pytest.raises(UserError) as raised:
+        module(path).load()
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_is_one_clear_line(name, tmp_path):
+    file, raw, message = BAD_FILES[name]
+    (tmp_path / file).write_bytes(raw)
+    assert re.search(message, complaint(str(tmp_path / file)))
+
+
+@pytest.mark.parametrize("name", ["cut off", "not UTF-8", "not JSON", "empty", "misspelt", "empty question"])
+def test_a_bad_stream_is_one_clear_line(name, tmp_path, hub_copy):
+    file, raw, message = BAD_FILES[name]
+    folder = tmp_path / "hub" / "data" / "rl"
+    (folder / "train-00000.jsonl.gz").unlink()
+    (folder / file).write_bytes(raw)
+    by_row = name in ("misspelt", "empty question")
+    assert re.search(message if by_row else "cannot read .*hub/data/rl: ", complaint(hub_copy))
+
+
+def test_impossible_sources(tmp_path, write_rows, bpe):
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        module(str(tmp_path / "nowhere")).load()
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(UserError, match=r"no .jsonl\(.gz\), .csv or .parquet file in .*bare"):
+        module(str(tmp_path / "bare")).load()
+    with pytest.raises(UserError, match="no question for"):
+        module(write_rows(RANKED[:2])).load()
+    path = write_rows(RANKED)
+    with pytest.raises(
+        UserError, match=r"all \d+ train questions longer than 3 tokens.*raise data's max_prompt_tokens"
+    ):
+        module(path, "prompts", bpe, max_prompt_tokens=3).setup("fit")
+    with pytest.raises(
+        UserError, match=r"all \d+ train pairs with a text longer than 3 tokens.*raise data's max_tokens"
+    ):
+        module(path, "pairs", bpe, max_tokens=3).setup("fit")
+    with pytest.raises(UserError, match="less than one batch of 500"):
+        module(path, "prompts", bpe, batch_size=500).setup("fit")
+    with pytest.raises(UserError, match="needs a `tokenizer`"):
+        module(path).setup("fit")
+    alone = write_rows([{"question": row["question"], "answers": row["answers"][:1]} for row in RANKED], "alone.jsonl")
+    with pytest.raises(UserError, match="no train question has two different answers"):
+        module(alone, "pairs", bpe).setup("fit")
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"batch_size": 0}, {"max_tokens": 0}, {"per_question": 0}, {"eval_questions": 0}]
+)
+def test_impossible_arguments(arguments):
+    with pytest.raises(UserError, match=next(iter(arguments))):
+        StackExchangeDataModule(**arguments)
+
+
+def test_a_configuration_file_can_say_it_all(write_rows, llama_folder, tmp_path, capsys):
+    path = write_rows([{"question": f"w{3 + i % 20} w{3 + i // 20}", "answers": ["w5", "w6"]} for i in range(200)])
+    status = main(
+        [
+            "fit",
+            "--model=LanguageModel",
+            f"--model.init_args.policy.path={llama_folder}",
+            "--data=StackExchangeDataModule",
+            f"--data.init_args.path={path}",
+            "--data.init_args.task=supervised",
+            "--data.init_args.shares={supervised: 0.7, reward: 0.1, rl: 0.1, evaluation: 0.1}",
+            "--data.init_args.block_size=8",
+            "--data.init_args.batch_size=2",
+            "--trainer.accelerator=cpu",
+            "--trainer.max_steps=2",
+            f"--trainer.default_root_dir={tmp_path / 'run'}",
+        ]
+    )
+    assert status == 0, capsys.readouterr().err
+
+
+# Real text ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("folder", "questions"), [("stackoverflow", 8996), ("stackexchange", 1680)])
+def test_real_questions(folder, questions, shared_data, bpe):
+    """Counts that are known of these files; a few questions differ in case alone."""
+    if not (shared_data / folder).is_dir():
+        pytest.skip(f"no {folder} in {shared_data}")
+    (file,) = table_files(shared_data / folder)
+    parts, _ = collect([(folder, read_rows(file))], Shares().part_of, dict.fromkeys(vars(Shares())))
+    texts = [keys(part) for part in parts.values()]
+    assert sum(map(len, texts)) == len(set.union(*texts)) == questions
+    data = module(str(shared_data / folder), "pairs", bpe, limit_questions=20, eval_questions=5, max_tokens=2000)
+    data.setup("fit")
+    scored = folder == "stackexchange"
+    assert next(iter(data.train_dataloader())).margin.min() >= 1 if scored else not data.pairs("train")[0].margin
