@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,19 +13,23 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from elastic_lightning.data.dialogue import AsRewardsRead, ChatTemplate, Dialogue, QuestionAnswer
-from elastic_lightning.data.files import read_rows, stream_rows, table_files
 from elastic_lightning.data.module import TextDataModule
 from elastic_lightning.data.preferences import Preference, encode_pairs, preference_batch
-from elastic_lightning.data.questions import Question, Shares, collect, evaluation_half, key_of
+from elastic_lightning.data.question_sources import read_questions
+from elastic_lightning.data.questions import Question, Shares
 from elastic_lightning.data.reviews import pack
 from elastic_lightning.data.tokenizers import train_bpe
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import PreferenceBatch, Prompts, pad
 from elastic_lightning.policies.encoding import CHUNK, IDS_ALONE
 
-HUB_FOLDERS = {"supervised": "data/finetune", "reward": "data/reward", "rl": "data/rl"}  # of stack-exchange-paired
-HUB_EVALUATION = "data/evaluation"
 PART_OF_TASK = {"supervised": "supervised", "pairs": "reward", "prompts": "rl"}
+CHOICES = {
+    "task": PART_OF_TASK,
+    "part": PART_OF_TASK.values(),
+    "prompt_format": ("question_answer", "chat"),
+    "overlong": ("drop", "truncate"),
+}
 
 
 class StackExchangeDataModule(TextDataModule):
@@ -101,43 +103,23 @@ class StackExchangeDataModule(TextDataModule):
             value = locals()[name]
             if value is not None and value < 1:
                 raise UserError(f"data's {name} must be 1 or more, got {value}")
+        part = part or PART_OF_TASK.get(task)
+        for name, choices in CHOICES.items():
+            if locals()[name] not in choices:
+                raise UserError(f"data's {name} must be one of {', '.join(choices)}, got {locals()[name]}")
         self.path, self.hub_id, self.task, self.shares = path, hub_id, task, shares
-        self.part = part or PART_OF_TASK[task]
-        self.prompt_format = prompt_format
+        self.part, self.prompt_format = part, prompt_format
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.max_prompt_tokens = max_prompt_tokens if task == "prompts" else None
-        self.block_size, self.max_tokens, self.overlong, self.per_question = (
-            block_size,
-            max_tokens,
-            overlong,
-            per_question,
-        )
-        self.limit_questions, self.eval_questions = limit_questions, eval_questions
+        self.max_prompt_tokens = max_prompt_tokens if task == "prompts" else None  # a policy checks it
+        self.block_size, self.max_tokens, self.overlong = block_size, max_tokens, overlong
+        self.per_question, self.limit_questions, self.eval_questions = per_question, limit_questions, eval_questions
         self.eval_prompts, self.eval_texts = eval_prompts, eval_texts
         self.splits: dict[str, list[Question]] = {}
         self._rows: dict[Any, Any] = {}
 
     def load(self) -> dict[str, list[Question]]:
         """The questions of train, validation and test, read from where they lie."""
-        limits = {"validation": self.eval_questions, "test": self.eval_questions}
-        place = None if self.path is None else Path(self.path).expanduser()
-        if place is None or (place / HUB_EVALUATION).is_dir():
-            splits, left_out = self._load_parts(self.hub_id if place is None else str(place), limits)
-        elif place.exists():
-            tables = ((str(file), read_rows(file)) for file in _files(place))
-            splits, left_out = collect(tables, self._split_of, {"train": self.limit_questions, **limits})
-        else:
-            raise UserError(f"data path {place} does not exist")
-        for reason, count in left_out.items():
-            if count:
-                rank_zero_info(f"{count} answers or pairs {reason} are left out")
-        empty = [name for name in ("train", "validation", "test") if not splits[name]]
-        if empty:
-            raise UserError(
-                f"no question for {empty[0]} in {self.path or self.hub_id} (part {self.part}): "
-                "give more data, or other shares"
-            )
-        return splits
+        return read_questions(self.path, self.hub_id, self.part, self.shares, self.limit_questions, self.eval_questions)
 
     def train_tokenizer(self, vocabulary: int) -> PreTrainedTokenizerBase:
         """A tokenizer for this text: byte-level BPE of the given size, trained on this part's questions and answers."""
@@ -227,41 +209,12 @@ class StackExchangeDataModule(TextDataModule):
             return preference_batch(rows, self.tokenizer.pad_token_id)
         return Prompts(*pad(rows, self.tokenizer.pad_token_id, left=True))
 
-    # Reading ----------------------------------------------------------------------------------------------------
-
-    def _split_of(self, question: str) -> str | None:
-        part = self.shares.part_of(question)
-        return evaluation_half(question) if part == "evaluation" else "train" if part == self.part else None
-
-    def _load_parts(self, name: str, limits: dict[str, int]) -> tuple[dict[str, list[Question]], Counter[str]]:
-        """The hub's data set has a folder for each part; held-out questions are kept out of training all the same."""
-        folder = HUB_FOLDERS[self.part]
-        train, left_out = collect(
-            [(f"{name}/{folder}", stream_rows(name, folder))], lambda _: "train", {"train": self.limit_questions}
-        )
-        held_out, left_out_too = collect(
-            [(f"{name}/{HUB_EVALUATION}", stream_rows(name, HUB_EVALUATION))], evaluation_half, limits
-        )
-        measured = {key_of(question.text) for split in held_out.values() for question in split}
-        kept = [question for question in train["train"] if key_of(question.text) not in measured]
-        return {"train": kept, **held_out}, left_out + left_out_too
-
     def _check_size(self) -> None:
         rows, needed = len(self._task_rows("train")), self.batch_size * self.process[1]
         if rows < needed:
             raise UserError(
                 f"the training data has {rows} rows, less than one batch of {needed}: lower data's batch_size"
             )
-
-
-def _files(place: Path) -> list[Path]:
-    """The file itself, or all tables of a folder."""
-    if place.is_file():
-        return [place]
-    files = table_files(place)
-    if not files:
-        raise UserError(f"no .jsonl(.gz), .csv or .parquet file in {place}, and no {HUB_EVALUATION} folder")
-    return files
 
 
 def _texts(dialogue: Dialogue, questions: Sequence[Question], per_question: int | None) -> list[str]:

@@ -1,17 +1,14 @@
-import gzip
-import json
 import logging
-import re
 
 import pytest
 import torch
 from lightning import Trainer
+from question_rows import PAIRED, RANKED
 
 from elastic_lightning.algorithms import PPO, LanguageModel, PPOConfig
 from elastic_lightning.cli import main
 from elastic_lightning.data import StackExchangeDataModule
-from elastic_lightning.data.files import read_rows, table_files
-from elastic_lightning.data.questions import Shares, collect, key_of
+from elastic_lightning.data.questions import Shares, key_of
 from elastic_lightning.data.tokenizers import main as tokenizer_main
 from elastic_lightning.data.tokenizers import train_bpe
 from elastic_lightning.errors import UserError
@@ -19,19 +16,6 @@ from elastic_lightning.policies import ModelSource, Sampling, load_tokenizer
 from elastic_lightning.rewards import Reward
 
 TASKS = ("supervised", "pairs", "prompts")
-RANKED = [
-    {
-        "question_id": number,
-        "question": f"How do I sort list {number}?" + " Please!" * (number % 7),
-        "answers": [f"Use sorted, for list {number}.", "I do not know.", f"Ask {number} others."][: 2 + number % 2],
-    }
-    for number in range(200)
-]
-PAIRED = [
-    {"qid": row["question_id"], "question": row["question"], "response_j": row["answers"][0], "response_k": worse}
-    for row in RANKED
-    for worse in row["answers"][1:]
-]
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +24,6 @@ def bpe(tmp_path_factory):
     texts = [f"Question: {row['question']}\n\nAnswer: {answer}" for row in RANKED for answer in row["answers"]]
     train_bpe(texts, 400).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def hub_copy(write_rows, tmp_path):
-    """A folder laid out as the data set on the hub."""
-    for part, rows in (("finetune", PAIRED[:40]), ("reward", PAIRED[40:80]), ("rl", PAIRED[80:120])):
-        write_rows(rows, f"hub/data/{part}/train-00000.jsonl.gz")
-    write_rows(PAIRED[120:200], "hub/data/evaluation/train-00000.jsonl.gz")
-    return str(tmp_path / "hub")
 
 
 def module(path, task="prompts", tokenizer=None, **options):
@@ -91,71 +66,6 @@ def test_limits_keep_the_first_questions(write_rows):
     path = write_rows(RANKED)
     everything, some = module(path).load(), module(path, limit_questions=7, eval_questions=3).load()
     assert some == {"train": everything["train"][:7], **{k: everything[k][:3] for k in ("validation", "test")}}
-
-
-@pytest.mark.parametrize("layout", ["one file", "folder of files", "paired", "csv", "parquet"])
-def test_every_layout_gives_the_same_questions(layout, write_rows, tmp_path):
-    from datasets import Dataset
-
-    expected = module(write_rows(RANKED)).load()
-    (tmp_path / "many").mkdir()
-    if layout == "one file":
-        path = write_rows(RANKED, "rows.jsonl.gz")
-    elif layout == "folder of files":
-        write_rows(RANKED[:90], "many/b.jsonl.gz"), write_rows(PAIRED[135:], "many/a.jsonl")
-        (tmp_path / "many" / "README.md").write_text("not data")
-        path = str(tmp_path / "many")
-    elif layout == "paired":
-        path = write_rows(PAIRED)
-    else:
-        path = str(tmp_path / f"rows.{layout}")
-        getattr(Dataset.from_list(PAIRED), f"to_{layout}")(path)
-    found = module(path).load()
-    if layout == "folder of files":  # a.jsonl comes first
-        expected, found = ({name: keys(split) for name, split in splits.items()} for splits in (expected, found))
-    assert found == expected
-
-
-# The hub ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("task", "first"), [("supervised", 0), ("pairs", 40), ("prompts", 80)])
-def test_each_stage_streams_its_folder_of_the_hub(task, first, hub_copy):
-    splits = module(hub_copy, task).load()
-    measured = {key_of(row["question"]) for row in PAIRED[120:200]}
-    trained = {key_of(row["question"]) for row in PAIRED[first : first + 40]}
-    assert keys(splits["train"]) == trained - measured
-    assert keys(splits["validation"]) | keys(splits["test"]) == measured
-    assert not keys(splits["validation"]) & keys(splits["test"])
-
-
-def test_the_hub_is_asked_for_a_stream_of_one_folder(hub_copy, monkeypatch):
-    import datasets
-
-    asked, load = [], datasets.load_dataset
-
-    def from_copy(name, **options):
-        asked.append((name, *sorted(options.items())))
-        return load(hub_copy, **options)
-
-    monkeypatch.setattr(datasets, "load_dataset", from_copy)
-    monkeypatch.setattr("elastic_lightning.data.files.hub_offline", lambda: False)
-    splits = module(None, "pairs", limit_questions=5).load()
-    assert splits == module(hub_copy, "pairs", limit_questions=5).load() and len(splits["train"]) == 5
-    assert asked[0] == (
-        "lvwerra/stack-exchange-paired",
-        ("data_dir", "data/reward"),
-        ("split", "train"),
-        ("streaming", True),
-    )
-    assert asked[1] == (asked[0][0], ("data_dir", "data/evaluation"), *asked[0][2:])
-
-
-def test_the_hub_cannot_be_reached(monkeypatch):
-    monkeypatch.setattr("elastic_lightning.policies.loading.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"stack-exchange-paired.*data.init_args.path") as raised:
-        module(None).load()
-    assert "\n" not in str(raised.value)
 
 
 # The three tasks ----------------------------------------------------------------------------------------------------
@@ -255,17 +165,20 @@ def test_prompts_are_short_enough_and_begin_the_supervised_text(write_rows, bpe,
 
 def test_the_chat_template_is_that_of_the_tokenizer(write_rows, bpe, tmp_path):
     tokenizer = load_tokenizer(bpe)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<eos>\n{% endfor %}"
     tokenizer.chat_template += "{% if add_generation_prompt %}assistant:{% endif %}"
     tokenizer.save_pretrained(tmp_path / "chat")
     path = write_rows(RANKED)
     data = module(path, "prompts", str(tmp_path / "chat"), prompt_format="chat")
     data.setup("fit")
     first = data.splits["train"][0].text
-    assert tokenizer.decode(data.prompts("train")[0]) == f"user: {first}\nassistant:"
-    data = module(path, "pairs", str(tmp_path / "chat"), prompt_format="chat", max_tokens=100, part="rl")
-    data.setup("fit")
-    assert tokenizer.decode(data.pairs("train")[0].chosen).startswith(f"user: {first}\nassistant: Use sorted")
+    assert tokenizer.decode(data.prompts("train")[0]) == f"user: {first}<eos>\nassistant:"
+    packed = module(path, "supervised", str(tmp_path / "chat"), prompt_format="chat", part="rl", block_size=64)
+    packed.setup("fit")
+    assert packed.packed("train")[0].tolist()[: len(data.prompts("train")[0])] == data.prompts("train")[0]
+    pairs = module(path, "pairs", str(tmp_path / "chat"), prompt_format="chat", max_tokens=100, part="rl")
+    pairs.setup("fit")  # a reward reads no special tokens
+    assert tokenizer.decode(pairs.pairs("train")[0].chosen).startswith(f"user: {first}\nassistant: Use sorted")
     with pytest.raises(UserError, match="no chat template"):
         module(path, "prompts", bpe, prompt_format="chat").setup("fit")
 
@@ -318,59 +231,11 @@ def test_language_model_and_ppo_take_their_batches(write_rows, llama_folder, tmp
 # Mistakes -----------------------------------------------------------------------------------------------------------
 
 
-LINES = "".join(json.dumps(row) + "\n" for row in RANKED).encode()
-BAD_FILES = {
-    "cut off": ("rows.jsonl.gz", gzip.compress(LINES)[:-200], "cannot read .*rows.jsonl.gz"),
-    "not gzip": ("rows.jsonl.gz", LINES, "cannot read .*rows.jsonl.gz"),
-    "not UTF-8": ("rows.jsonl", LINES.replace(b"sort", b"s\xff\xferst"), "rows.jsonl holds text that is not UTF-8"),
-    "not JSON": ("rows.jsonl", LINES + b"{oh no\n", "cannot read .*rows.jsonl"),
-    "empty": ("rows.jsonl", b"", "rows.jsonl.*(empty|no rows)"),
-    "other kind": ("rows.txt", LINES, "give .jsonl, .csv"),
-    "misspelt": ("rows.jsonl", LINES.replace(b'"answers"', b'"answer"'), "no column 'response_j', only .*'answer'"),
-    "empty question": ("rows.jsonl", LINES + b'{"question": "", "answers": ["a"]}\n', "row 201 of .* empty question"),
-}
-
-
-def complaint(path):
-    with pytest.raises(UserError) as raised:
-        module(path).load()
-    assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
-    return str(raised.value)
-
-
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_a_bad_file_is_one_clear_line(name, tmp_path):
-    file, raw, message = BAD_FILES[name]
-    (tmp_path / file).write_bytes(raw)
-    assert re.search(message, complaint(str(tmp_path / file)))
-
-
-@pytest.mark.parametrize("name", ["cut off", "not UTF-8", "not JSON", "empty", "misspelt", "empty question"])
-def test_a_bad_stream_is_one_clear_line(name, tmp_path, hub_copy):
-    file, raw, message = BAD_FILES[name]
-    folder = tmp_path / "hub" / "data" / "rl"
-    (folder / "train-00000.jsonl.gz").unlink()
-    (folder / file).write_bytes(raw)
-    by_row = name in ("misspelt", "empty question")
-    assert re.search(message if by_row else "cannot read .*hub/data/rl: ", complaint(hub_copy))
-
-
-def test_impossible_sources(tmp_path, write_rows, bpe):
-    with pytest.raises(UserError, match="nowhere does not exist"):
-        module(str(tmp_path / "nowhere")).load()
-    (tmp_path / "bare").mkdir()
-    with pytest.raises(UserError, match=r"no .jsonl\(.gz\), .csv or .parquet file in .*bare"):
-        module(str(tmp_path / "bare")).load()
-    with pytest.raises(UserError, match="no question for"):
-        module(write_rows(RANKED[:2])).load()
+def test_nothing_is_left(write_rows, bpe):
     path = write_rows(RANKED)
-    with pytest.raises(
-        UserError, match=r"all \d+ train questions longer than 3 tokens.*raise data's max_prompt_tokens"
-    ):
+    with pytest.raises(UserError, match=r"all \d+ train questions longer than 3 tokens.* raise data's max_prompt_t"):
         module(path, "prompts", bpe, max_prompt_tokens=3).setup("fit")
-    with pytest.raises(
-        UserError, match=r"all \d+ train pairs with a text longer than 3 tokens.*raise data's max_tokens"
-    ):
+    with pytest.raises(UserError, match=r"all \d+ train pairs with a text longer than 3 tokens.* raise data's max_t"):
         module(path, "pairs", bpe, max_tokens=3).setup("fit")
     with pytest.raises(UserError, match="less than one batch of 500"):
         module(path, "prompts", bpe, batch_size=500).setup("fit")
@@ -382,7 +247,9 @@ def test_impossible_sources(tmp_path, write_rows, bpe):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"batch_size": 0}, {"max_tokens": 0}, {"per_question": 0}, {"eval_questions": 0}]
+    "arguments",
+    [{"batch_size": 0}, {"max_tokens": 0}, {"per_question": 0}, {"eval_questions": 0}]
+    + [{"task": "sft"}, {"part": "evaluation"}, {"overlong": "cut"}, {"prompt_format": "alpaca"}],
 )
 def test_impossible_arguments(arguments):
     with pytest.raises(UserError, match=next(iter(arguments))):
@@ -408,21 +275,3 @@ def test_a_configuration_file_can_say_it_all(write_rows, llama_folder, tmp_path,
         ]
     )
     assert status == 0, capsys.readouterr().err
-
-
-# Real text ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("folder", "questions"), [("stackoverflow", 8996), ("stackexchange", 1680)])
-def test_real_questions(folder, questions, shared_data, bpe):
-    """Counts that are known of these files; a few questions differ in case alone."""
-    if not (shared_data / folder).is_dir():
-        pytest.skip(f"no {folder} in {shared_data}")
-    (file,) = table_files(shared_data / folder)
-    parts, _ = collect([(folder, read_rows(file))], Shares().part_of, dict.fromkeys(vars(Shares())))
-    texts = [keys(part) for part in parts.values()]
-    assert sum(map(len, texts)) == len(set.union(*texts)) == questions
-    data = module(str(shared_data / folder), "pairs", bpe, limit_questions=20, eval_questions=5, max_tokens=2000)
-    data.setup("fit")
-    scored = folder == "stackexchange"
-    assert next(iter(data.train_dataloader())).margin.min() >= 1 if scored else not data.pairs("train")[0].margin
