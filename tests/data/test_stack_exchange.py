@@ -246,14 +246,16 @@ def test_nothing_is_left(write_rows, bpe):
         module(alone, "pairs", bpe).setup("fit")
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [{"batch_size": 0}, {"max_tokens": 0}, {"per_question": 0}, {"eval_questions": 0}]
-    + [{"task": "sft"}, {"part": "evaluation"}, {"overlong": "cut"}, {"prompt_format": "alpaca"}],
-)
-def test_impossible_arguments(arguments):
-    with pytest.raises(UserError, match=next(iter(arguments))):
-        StackExchangeDataModule(**arguments)
+@pytest.mark.parametrize("name", ["batch_size", "max_tokens", "per_question", "limit_questions", "eval_questions"])
+def test_impossible_sizes(name):
+    with pytest.raises(UserError, match=f"data's {name} must be 1 or more, got 0"):
+        StackExchangeDataModule(**{name: 0})
+
+
+@pytest.mark.parametrize("name", ["task", "part", "prompt_format", "overlong"])
+def test_impossible_choices(name):
+    with pytest.raises(UserError, match=f"data's {name} must be one of .*, got evaluation"):
+        StackExchangeDataModule(**{name: "evaluation"})
 
 
 def test_a_configuration_file_can_say_it_all(write_rows, llama_folder, tmp_path, capsys):
