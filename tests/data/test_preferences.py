@@ -53,8 +53,8 @@ def test_a_batch_is_padded_at_the_end_to_one_length():
 
 
 def test_a_shortened_text_loses_its_beginning():
-    short = Preference([1, 2, 3, 4, 5], [6, 7], 1.0, 4, 1).shortened(3)
-    assert short == Preference([3, 4, 5], [6, 7], 1.0, 3, 1) and short.longest() == 3
+    short = Preference([1, 2, 3, 4, 5], [6, 7, 8, 9], 1.0, 4, 1).shortened(3)
+    assert short == Preference([3, 4, 5], [7, 8, 9], 1.0, 3, 1) and short.longest() == 3
 
 
 def test_pairs_are_drawn_alike_each_time_and_unlike_for_other_seeds():
@@ -62,4 +62,6 @@ def test_pairs_are_drawn_alike_each_time_and_unlike_for_other_seeds():
     assert drawn == draw_pairs(MANY, 3, seed=1) and len(set(drawn)) == 3
     assert [MANY.pairs.index(pair) for pair in drawn] == sorted(MANY.pairs.index(pair) for pair in drawn)
     assert {tuple(draw_pairs(MANY, 1, seed)) for seed in range(200)} == {(pair,) for pair in MANY.pairs}
+    others = [Question(f"Which {number}?", pairs=MANY.pairs) for number in range(50)]
+    assert len({tuple(draw_pairs(other, 1, 1)) for other in others}) > 10
     assert draw_pairs(MANY, None, 1) == draw_pairs(MANY, 20, 1) == MANY.pairs
