@@ -79,7 +79,8 @@ def _adapter_labels(path: str) -> int:
     """Rows of the head that was trained beside the adapter: its config does not say."""
     try:
         with safe_open(str(Path(path) / "adapter_model.safetensors"), "pt") as weights:
-            heads = [weights.get_slice(name).get_shape()[0] for name in weights.keys() if HEAD.search(name)]
+            names = [name for name in weights.keys() if HEAD.search(name)]  # noqa: SIM118 (no dict)
+            heads = [weights.get_slice(name).get_shape()[0] for name in names]
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot load the adapter from {path}: {error}") from error
     if not heads:

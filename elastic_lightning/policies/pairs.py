@@ -33,7 +33,7 @@ class PreferenceBatch(NamedTuple):
 
     `chosen_tokens` and `rejected_tokens` [B, L] int64, padded at the end, one L for both; `chosen_mask` and
     `rejected_mask` [B, L] bool, True on real tokens; `margin` [B] float32, by how much the preferred answer was rated
-    better (0 where the data has no scores); `chosen_length` and `rejected_length` [B] int64, tokens of the answer alone.
+    better (0 where the data has no scores); `chosen_length` and `rejected_length` [B] int64, tokens of the answer.
     """
 
     chosen_tokens: Tensor

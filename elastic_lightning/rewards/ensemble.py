@@ -19,8 +19,8 @@ class EnsembleReward(Reward):
 
     Args:
         paths: folders of the models, two or more.
-        combine_by: "mean", "min", or "lower_bound": the mean less `deviations` times the deviation of the models' scores.
-        deviations: for "lower_bound".
+        combine_by: "mean", "min", or "lower_bound", the mean less some deviations of the models' scores.
+        deviations: how many, for "lower_bound".
         normalise: all by what was saved with each; raw scores of unlike models do not compare.
         on, max_length, batch_size, dtype, trust_remote_code: see `ClassifierReward`.
 
