@@ -251,3 +251,18 @@ def test_equal_scores_everywhere_cannot_be_normalised(toy, tmp_path):
     trainer.validate(module, toy.loader([preferences()]), verbose=False)
     assert trainer.callback_metrics["val/accuracy"] == 0.5 and module.normalization is None
     assert trainer.callback_metrics["val/loss"].item() == pytest.approx(math.log(2))
+
+
+def test_gradients_of_two_halves_make_the_whole(toy, tmp_path):
+    whole, gradients = preferences(rows=8), []
+    halves = [PreferenceBatch(*(column[part] for column in whole)) for part in (slice(0, 4), slice(4, 8))]
+    for batches in ([whole], halves):
+        torch.manual_seed(0)
+        module = PreferenceModel(toy.source(), margin_weight=0.5)
+        disable_dropout(module.model)
+        module.on_before_optimizer_step = lambda _, m=module: gradients.append(
+            torch.cat([parameter.grad.flatten() for parameter in m.model.parameters()])
+        )
+        toy.trainer(tmp_path, accumulate_grad_batches=len(batches)).fit(module, toy.loader(batches))
+    assert gradients[0].abs().max() > 1e-3
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-6, rtol=1e-5)
