@@ -89,8 +89,10 @@ class PreferenceModel(SupervisedModule):
         config, pad = self.model.config, self.model.config.pad_token_id
         if pad >= self.model.get_input_embeddings().num_embeddings:
             config.pad_token_id = None  # transformers refuses a pad token that has no embedding
-        super().save_pretrained(folder, adapter)
-        config.pad_token_id = pad
+        try:
+            super().save_pretrained(folder, adapter)
+        finally:
+            config.pad_token_id = pad
         if self.normalization is not None:
             if self.normalization_is_stale:
                 rank_zero_warn(

@@ -68,7 +68,7 @@ class EnsembleReward(Reward):
 
 
 def distinct_names(paths: list[str]) -> list[str]:
-    """Short names of folders: the parts of their paths that are not the same for all of them.
+    """Short names of folders: the parts of their paths that are not the same for all of them, or their numbers.
 
     Raises:
         UserError: fewer than two, or one twice.
@@ -79,9 +79,11 @@ def distinct_names(paths: list[str]) -> list[str]:
         raise UserError(f"a reward model is given twice: {paths}")
     parts = [PurePath(path).parts for path in paths]
     if len(set(map(len, parts))) > 1:
-        return ["_".join(part for part in path if part not in ("/", "..")) for path in parts]
-    differ = [len(set(column)) > 1 for column in zip(*parts, strict=True)]
-    return ["_".join(part for part, keep in zip(path, differ, strict=True) if keep) for path in parts]
+        names = ["_".join(part for part in path if part not in ("/", "..")) for path in parts]
+    else:
+        differ = [len(set(column)) > 1 for column in zip(*parts, strict=True)]
+        names = ["_".join(part for part, keep in zip(path, differ, strict=True) if keep) for path in parts]
+    return names if len(set(names)) == len(names) else [f"model_{number}" for number in range(1, len(names) + 1)]
 
 
 def refuse_mixed_scales(paths: list[str], normalised: list[bool]) -> None:

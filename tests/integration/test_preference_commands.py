@@ -39,7 +39,6 @@ def reward_models(toy, tmp_path):
         path = tmp_path / f"reward_model_{seed}.yaml"
         path.write_text(yaml.safe_dump(config))
         assert main(["fit", f"--config={path}"]) == 0
-        assert main(["test", f"--config={path}"]) == 0
         folders.append(tmp_path / "reward_model" / f"seed_{seed}")
     return folders
 
@@ -47,6 +46,7 @@ def reward_models(toy, tmp_path):
 def test_reward_models_become_an_ensemble(reward_models, toy_fit, tmp_path):
     values = scalars(reward_models[0])
     assert set(values) >= {"train/loss", "train/accuracy", "val/accuracy", "val/accuracy_low", "val/length_correlation"}
+    assert main(["test", f"--config={tmp_path}/reward_model_1.yaml"]) == 0
     tested = json.loads((reward_models[0] / "test.json").read_text())
     assert tested["test/pairs"] == 8 and "test/calibration_error" in tested
     paths = [str(folder / "final") for folder in reward_models]

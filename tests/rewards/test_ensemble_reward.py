@@ -61,6 +61,7 @@ def test_names_are_what_tells_the_folders_apart():
     assert distinct_names(["runs/rm_1/final", "runs/rm_2/final"]) == ["rm_1", "rm_2"]
     assert distinct_names(["a/x/1", "a/y/1", "a/y/2"]) == ["x_1", "y_1", "y_2"]
     assert distinct_names(["rm", "../other/rm"]) == ["rm", "other_rm"]
+    assert distinct_names(["a_b/c", "a/b_c"]) == distinct_names(["rm", "../rm"]) == ["model_1", "model_2"]
 
 
 @pytest.mark.parametrize("kind", [EnsembleReward, WeightAveragedReward])
