@@ -23,6 +23,7 @@ from elastic_lightning.policies.language_model import PolicyLM
 from elastic_lightning.policies.seq2seq import Seq2SeqLM
 
 PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]")  # where the tokenizer has none of its own: the first it knows, or adds
+Dtype = Literal["float32", "bfloat16", "float16"]
 UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)  # missing, of another kind, or damaged
 
 
@@ -72,7 +73,7 @@ class ModelSource:
     gguf_file: str | None = None
     architecture: dict[str, Any] | None = None
     tokenizer: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
     attention: str | None = None
     lora: LoRA | None = None
     trust_remote_code: bool = False
@@ -107,7 +108,7 @@ def load_policy(
     gguf_file: str | None = None,
     architecture: dict[str, Any] | None = None,
     tokenizer: str | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: Dtype = "float32",
     attention: str | None = None,
     lora: LoRA | None = None,
     trust_remote_code: bool = False,

@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from elastic_lightning.errors import UserError
 
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
 
 def save_model(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path, adapter: str = "merged"
@@ -27,4 +29,6 @@ def save_model(
         # On a copy: merging and unmerging in place would leave rounding behind in the model being trained.
         model = copy.deepcopy(model).merge_and_unload()
     model.save_pretrained(folder)
+    if getattr(getattr(model, "active_peft_config", None), "task_type", None) == "SEQ_CLS":
+        model.config.save_pretrained(folder)  # the names of its labels: peft keeps none, and the base model has others
     tokenizer.save_pretrained(folder)
