@@ -118,9 +118,9 @@ def merge_adapter(
     shutil.rmtree(fresh, ignore_errors=True)
     save_model(model.merge_and_unload(), tokenizer, fresh)
     for file in adapter.folder.iterdir():
-        if file.is_file() and not (fresh / file.name).exists() and not file.name.startswith("adapter_"):
-            if file.name != CARD:
-                shutil.copy2(file, fresh)
+        of_peft = file.name.startswith("adapter_") or file.name == CARD
+        if file.is_file() and not of_peft and not (fresh / file.name).exists():
+            shutil.copy2(file, fresh)
     if output.exists():
         output.rmdir()
     os.replace(fresh, output)
