@@ -20,6 +20,7 @@ from elastic_lightning.policies import (
     Sampling,
     as_policy,
     counter_uniforms,
+    draw_lengths,
     load_policy,
     load_source,
     sample,
@@ -50,7 +51,9 @@ def generate(
         policy.lm.check_context(batch.tokens.shape[1], sampling.max_new_tokens)
         index = torch.arange(len(batch.tokens), device=batch.tokens.device) + first_row + start
         uniforms = counter_uniforms(seed, 0, index, sampling.max_new_tokens)
-        rollout = sample(policy, batch, sampling, uniforms, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        lengths = draw_lengths(seed, 0, index, sampling)
+        ends = tokenizer.eos_token_id, tokenizer.pad_token_id
+        rollout = sample(policy, batch, sampling, uniforms, *ends, lengths=lengths)
         texts = policy.lm.decode(tokenizer, batch, rollout.responses)
         rows += [
             {"prompt": prompt, "response": response, "complete": complete}
