@@ -79,9 +79,9 @@ def test_the_end_of_text_is_never_drawn_where_it_is_off(gpt2_folder):
 
 
 def test_with_the_end_of_text_a_row_ends_at_whichever_comes_first(gpt2_folder):
-    actor = make_actor(gpt2_folder)
-    whole = sample(actor, left_padded(ROWS * 4), Sampling(9), roll(actor, CUT)[2], EOS, PAD)
-    cut, lengths, _ = roll(actor, CUT_OR_ENDED)
+    actor, prompts = make_actor(gpt2_folder), left_padded(ROWS * 16)
+    cut, lengths, uniforms = roll(actor, CUT_OR_ENDED, prompts)
+    whole = sample(actor, prompts, Sampling(9), uniforms, EOS, PAD)
     expected = torch.minimum(whole.mask.sum(dim=1), lengths)
     assert torch.equal(cut.mask.sum(dim=1), expected)
     assert torch.equal(cut.tokens[cut.mask], whole.tokens[:, : cut.tokens.shape[1]][cut.mask])
