@@ -15,7 +15,7 @@ from elastic_lightning.policies.loading import (
     load_source,
     load_tokenizer,
 )
-from elastic_lightning.policies.pairs import GameEvaluationBatch, TranslationBatch
+from elastic_lightning.policies.pairs import GameEvaluationBatch, PreferenceBatch, TranslationBatch
 from elastic_lightning.policies.reference import AdapterOff, FrozenCopy, make_reference
 from elastic_lightning.policies.rollout_copy import RolloutCopy
 from elastic_lightning.policies.sampling import Rollout, Sampling, counter_uniforms, draw, draw_lengths, greedy, sample
@@ -36,6 +36,7 @@ __all__ = [
     "ModelSource",
     "PairedTexts",
     "PolicyLM",
+    "PreferenceBatch",
     "Prompts",
     "Responses",
     "Rollout",

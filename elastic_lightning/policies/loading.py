@@ -129,7 +129,7 @@ def load_source(source: ModelSource) -> LoadedPolicy:
     if source.architecture is not None:
         model = from_architecture(AutoLanguageModel, source, tokenizer)
     elif adapter:
-        model = _load_adapter(source)
+        model = load_adapter(source)
     else:
         model = from_path(AutoLanguageModel, source)
     if source.lora is not None:
@@ -176,20 +176,24 @@ def load_tokenizer(path: str, gguf_file: str | None = None, trust_remote_code: b
 
 
 def from_path(auto_class: type, source: ModelSource, **options: Any) -> PreTrainedModel:
-    """Load weights from a hub id or folder with one of transformers' auto classes."""
+    """Load weights from a hub id or folder with one of transformers' auto classes.
+
+    With the option ``output_loading_info`` it returns the model and what transformers says of the weights.
+    """
     if source.gguf_file is not None:
         options["gguf_file"] = source.gguf_file
     if not Path(source.path).exists() and hub_offline():
         options["local_files_only"] = True
     try:
-        model = auto_class.from_pretrained(
+        loaded = auto_class.from_pretrained(
             source.path,
             dtype=getattr(torch, source.dtype),
             attn_implementation=source.attention,
             trust_remote_code=source.trust_remote_code,
             **options,
         )
-        return fuse_gelu(model)
+        fuse_gelu(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
     except UNREADABLE as error:
         raise UserError(_not_found("model", source.path, error)) from error
 
@@ -270,14 +274,15 @@ def hub_offline(seconds: float = 5.0) -> bool:
         return True
 
 
-def _load_adapter(source: ModelSource) -> nn.Module:
+def load_adapter(source: ModelSource, auto_class: type = AutoLanguageModel, **options: Any) -> nn.Module:
+    """A folder that holds an adapter, on the base model that it names; `options` are for the base."""
     from peft import PeftConfig, PeftModel
 
     base = PeftConfig.from_pretrained(source.path).base_model_name_or_path
     if not base:
         raise UserError(f"{source.path}/adapter_config.json does not name its base model (base_model_name_or_path)")
     fields = {name: getattr(source, name) for name in ("dtype", "attention", "trust_remote_code")}
-    model = from_path(AutoLanguageModel, ModelSource(base, **fields))
+    model = from_path(auto_class, ModelSource(base, **fields), **options)
     return PeftModel.from_pretrained(model, source.path, is_trainable=True)
 
 

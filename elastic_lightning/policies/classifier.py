@@ -1,0 +1,88 @@
+"""Sequence classifiers: language models with a head that scores whole texts."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from elastic_lightning.errors import UserError
+from elastic_lightning.policies.loading import ModelSource, add_lora, from_architecture, from_path, load_adapter
+
+HEAD = re.compile(r"\.(score|classifier(\.out_proj)?)\.weight$")  # [labels, hidden], by transformers' names
+
+
+def new_classifier(source: ModelSource, tokenizer: PreTrainedTokenizerBase, **options: Any) -> nn.Module:
+    """A classifier to train: any model's weights, or random ones, with a new head where the source has none.
+
+    With LoRA the head is trained whole, beside the adapter.
+
+    Args:
+        source: the model to start from.
+        tokenizer: whose vocabulary a model from scratch has.
+        options: fields of its config, e.g. ``num_labels=1``.
+
+    Raises:
+        UserError: the model cannot be loaded, or holds an unmerged adapter.
+    """
+    if source.path is not None and is_adapter(source.path):
+        raise UserError(f"{source.path} holds an unmerged adapter: merge it before training a head on top")
+    if source.architecture is not None:
+        model = from_architecture(AutoModelForSequenceClassification, source, tokenizer, **options)
+    else:
+        model = from_path(AutoModelForSequenceClassification, source, **options)
+    return model if source.lora is None else add_lora(model, source.lora, task_type="SEQ_CLS")
+
+
+def trained_classifier(source: ModelSource) -> PreTrainedModel:
+    """A classifier to score with, its adapter merged where the folder holds one; frozen, in eval mode.
+
+    Raises:
+        UserError: it cannot be loaded, or has no trained head.
+    """
+    if is_adapter(source.path):
+        options = {"num_labels": _adapter_labels(source.path)}
+        model = load_adapter(source, AutoModelForSequenceClassification, **options).merge_and_unload()
+    else:
+        model, info = from_path(AutoModelForSequenceClassification, source, output_loading_info=True)
+        if info["missing_keys"]:
+            raise UserError(
+                f"{source.path} has no trained classification head ({min(info['missing_keys'])} is missing)"
+            )
+    return model.eval().requires_grad_(False)
+
+
+def pad_like(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a classifier know padding by the tokenizer's pad id, in its vocabulary or not.
+
+    The head of a decoder scores the last token that is not its pad id.
+    """
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.get_input_embeddings().register_forward_pre_hook(hide_foreign_tokens)
+
+
+def hide_foreign_tokens(embedding: nn.Embedding, args: tuple[Tensor]) -> tuple[Tensor]:
+    """A pad token that the tokenizer was given after training has no embedding; masked positions may hold anything."""
+    return (args[0].where(args[0] < embedding.num_embeddings, 0),)
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a local folder holds an adapter that is not merged."""
+    return (Path(path) / "adapter_config.json").exists()
+
+
+def _adapter_labels(path: str) -> int:
+    """Rows of the head that was trained beside the adapter: its config does not say."""
+    try:
+        with safe_open(str(Path(path) / "adapter_model.safetensors"), "pt") as weights:
+            names = [name for name in weights.keys() if HEAD.search(name)]  # noqa: SIM118 (no dict)
+            heads = [weights.get_slice(name).get_shape()[0] for name in names]
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot load the adapter from {path}: {error}") from error
+    if not heads:
+        raise UserError(f"the adapter in {path} has no classification head: is it a policy's?")
+    return heads[0]
