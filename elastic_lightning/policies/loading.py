@@ -274,16 +274,39 @@ def hub_offline(seconds: float = 5.0) -> bool:
         return True
 
 
-def load_adapter(source: ModelSource, auto_class: type = AutoLanguageModel, **options: Any) -> nn.Module:
-    """A folder that holds an adapter, on the base model that it names; `options` are for the base."""
-    from peft import PeftConfig, PeftModel
+def load_adapter(
+    source: ModelSource, auto_class: type = AutoLanguageModel, base: str | None = None, **options: Any
+) -> nn.Module:
+    """A folder that holds an adapter, on the base model that it names, or another; `options` are for the base.
 
-    base = PeftConfig.from_pretrained(source.path).base_model_name_or_path
-    if not base:
-        raise UserError(f"{source.path}/adapter_config.json does not name its base model (base_model_name_or_path)")
+    Raises:
+        UserError: the base model is not named or cannot be loaded, or the adapter does not fit it.
+    """
+    from peft import PeftModel
+
+    base = base or adapter_base(source.path)
     fields = {name: getattr(source, name) for name in ("dtype", "attention", "trust_remote_code")}
     model = from_path(auto_class, ModelSource(base, **fields), **options)
-    return PeftModel.from_pretrained(model, source.path, is_trainable=True)
+    try:
+        return PeftModel.from_pretrained(model, source.path, is_trainable=True)
+    except UNREADABLE as error:
+        raise UserError(
+            f"the adapter in {source.path} does not fit its base model {base}: {_first_line(error)}"
+        ) from error
+
+
+def adapter_base(path: str) -> str:
+    """The base model that an adapter folder names.
+
+    Raises:
+        UserError: it names none.
+    """
+    from peft import PeftConfig
+
+    base = PeftConfig.from_pretrained(path).base_model_name_or_path
+    if not base:
+        raise UserError(f"{path}/adapter_config.json does not name its base model (base_model_name_or_path)")
+    return base
 
 
 def _not_found(what: str, path: str, error: Exception) -> str:
