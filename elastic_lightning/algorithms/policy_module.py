@@ -90,6 +90,8 @@ class PolicyModule(LightningModule):
         self.reference = make_reference(self.actor.lm, reference, loaded.unmerged_adapter)
         self.initial = self.reference  # what drift is measured against
         self.reward = reward
+        if isinstance(reward, Reward):
+            reward.bind(lm)
         self.sampling = sampling
         self.execution = execution
         lower = execution.rollout_dtype not in (None, policy.dtype)

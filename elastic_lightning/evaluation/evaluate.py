@@ -133,6 +133,7 @@ def evaluate(
         parts["perplexity"] = lambda: measure_perplexity(policy, documents, texts)
     if questions is not None:
         reward.to(next(policy.parameters()).device)
+        reward.bind(policy.lm)
         fitting = _fitting(policy, tokenizer, prompts, questions)
         parts["reward"] = lambda: (
             measure_reward(policy, tokenizer, fitting, reward, questions) | {"left_out": len(prompts) - len(fitting)}
