@@ -20,6 +20,7 @@ from elastic_lightning.errors import UserError
 from elastic_lightning.policies.auto import AutoLanguageModel
 from elastic_lightning.policies.causal import CausalLM
 from elastic_lightning.policies.language_model import PolicyLM
+from elastic_lightning.policies.quantization import Quantization, check_quantization, quantization_config
 from elastic_lightning.policies.seq2seq import Seq2SeqLM
 
 PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]")  # where the tokenizer has none of its own: the first it knows, or adds
@@ -67,6 +68,7 @@ class ModelSource:
             texts in bfloat16 on a CPU. Transformers' choice (sdpa) by default.
         lora: train adapters on a frozen base instead of the whole model.
         trust_remote_code: run the python code that comes with the model; off unless asked.
+        quantization: hold the frozen base in 8 or 4 bits a weight (needs the extra `[quantization]`, and `lora`).
     """
 
     path: str | None = None
@@ -77,6 +79,7 @@ class ModelSource:
     attention: str | None = None
     lora: LoRA | None = None
     trust_remote_code: bool = False
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.architecture is None):
@@ -89,6 +92,12 @@ class ModelSource:
             )
         if self.gguf_file is not None and self.path is None:
             raise UserError("`gguf_file` is the name of a file inside `path`: give `path` too")
+        if self.quantization is not None and self.lora is None:
+            raise UserError("`quantization` rounds the base model, which cannot be trained then: give `lora` too")
+        if self.quantization is not None and (self.path is None or self.gguf_file is not None):
+            raise UserError(
+                "`quantization` is for a `path` that holds whole weights: not an architecture or a GGUF file"
+            )
 
 
 class LoadedPolicy(NamedTuple):
@@ -112,17 +121,21 @@ def load_policy(
     attention: str | None = None,
     lora: LoRA | None = None,
     trust_remote_code: bool = False,
+    quantization: Quantization | None = None,
 ) -> LoadedPolicy:
     """Load a language model, causal or encoder-decoder (see `ModelSource` for the arguments), in eval mode.
 
     Raises:
         UserError: the model or tokenizer cannot be found, or the options contradict each other.
     """
-    return load_source(ModelSource(path, gguf_file, architecture, tokenizer, dtype, attention, lora, trust_remote_code))
+    how = attention, lora, trust_remote_code, quantization
+    return load_source(ModelSource(path, gguf_file, architecture, tokenizer, dtype, *how))
 
 
 def load_source(source: ModelSource) -> LoadedPolicy:
     """`load_policy` from the dataclass that a configuration file fills."""
+    if source.quantization is not None:
+        check_quantization(source.quantization)  # before anything loads
     gguf_file = source.gguf_file if source.tokenizer is None else None  # a tokenizer of its own lies elsewhere
     tokenizer = load_tokenizer(source.tokenizer or source.path, gguf_file, source.trust_remote_code)
     adapter = source.path is not None and (Path(source.path) / "adapter_config.json").exists()
@@ -182,6 +195,9 @@ def from_path(auto_class: type, source: ModelSource, **options: Any) -> PreTrain
     """
     if source.gguf_file is not None:
         options["gguf_file"] = source.gguf_file
+    if source.quantization is not None:
+        check_quantization(source.quantization)
+        options["quantization_config"] = quantization_config(source.quantization, source.dtype)
     if not Path(source.path).exists() and hub_offline():
         options["local_files_only"] = True
     try:
