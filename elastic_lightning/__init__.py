@@ -25,6 +25,7 @@ _HOMES = {
     "policies": ("load_policy", "LoRA", "ModelSource", "Sampling"),
     "rewards": (
         "Reward",
+        "AdapterReward",
         "ClassifierReward",
         "EnsembleReward",
         "FunctionReward",

@@ -15,6 +15,8 @@ OWN_COMMANDS = {  # name -> module with main(argv), what it does
     "pipeline": ("elastic_lightning.evaluation.pipeline", "run the stages of a pipeline file in order, then report"),
     "report": ("elastic_lightning.evaluation.report", "table and reward-drift frontier of finished runs"),
     "generate": ("elastic_lightning.evaluation.generate", "sample from a policy folder or checkpoint"),
+    "evaluate": ("elastic_lightning.evaluation.evaluate", "perplexity, HumanEval and reward of a finished model"),
+    "merge": ("elastic_lightning.evaluation.merge", "fold a LoRA adapter into its base model"),
     "tokenizer": ("elastic_lightning.data.tokenizers", "train a tokenizer on a data module's texts"),
 }
 LIGHTNING_COMMANDS = {

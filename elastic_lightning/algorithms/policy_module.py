@@ -34,6 +34,7 @@ from elastic_lightning.policies import (
     Texts,
     as_policy,
     counter_uniforms,
+    draw_lengths,
     greedy,
     load_source,
     make_reference,
@@ -89,6 +90,8 @@ class PolicyModule(LightningModule):
         self.reference = make_reference(self.actor.lm, reference, loaded.unmerged_adapter)
         self.initial = self.reference  # what drift is measured against
         self.reward = reward
+        if isinstance(reward, Reward):
+            reward.bind(lm)
         self.sampling = sampling
         self.execution = execution
         lower = execution.rollout_dtype not in (None, policy.dtype)
@@ -132,15 +135,16 @@ class PolicyModule(LightningModule):
         self.check_context(prompts.tokens.shape[1])
         rows = torch.arange(len(prompts.tokens), device=self.device) + first_row
         uniforms = counter_uniforms(self.sampling_seed, step, rows, self.sampling.max_new_tokens)
+        lengths = draw_lengths(self.sampling_seed, step, rows, self.sampling)
         lm = self.actor.lm if lm is None else lm
         ends = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         columns = GraphSampler.capacity(prompts.tokens.shape[1], self.sampling)
         if self.device.type != "cuda" or not self.execution.cuda_graphs or not lm.takes_static_masks(columns):
             with weights_cast_once(self.device.type):
-                return sample(self.actor, prompts, self.sampling, uniforms, *ends, lm)
+                return sample(self.actor, prompts, self.sampling, uniforms, *ends, lm, lengths=lengths)
         if id(lm) not in self._graph_samplers:
             self._graph_samplers[id(lm)] = GraphSampler(self.actor, self.sampling, *ends, lm)
-        return self._graph_samplers[id(lm)](prompts, uniforms)
+        return self._graph_samplers[id(lm)](prompts, uniforms, lengths)
 
     def prompts(self, batch: Any) -> Prompts:
         """The prompts of a batch of the data module: the batch itself, where it holds nothing else."""

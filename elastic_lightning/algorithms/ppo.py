@@ -80,6 +80,8 @@ class PPO(PolicyModule):
         """
         policy, ppo = from_plain(ModelSource, policy), from_plain(PPOConfig, ppo)
         sampling, execution = from_plain(Sampling, sampling), from_plain(Execution, execution)
+        if ppo.missing_eos_penalty and not sampling.eos:
+            raise UserError("ppo.missing_eos_penalty needs sampling.eos: without an end every response would pay it")
         super().__init__(policy, reward, sampling, reference, separate_value_trunk, execution, metrics, seed)
         self.save_plain_hyperparameters(ignore=["reward", "metrics"])
         self.automatic_optimization = False

@@ -12,6 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from elastic_lightning.errors import UserError
+from elastic_lightning.policies.saving import check_mergeable
 
 
 class SavePretrained(Callback):
@@ -35,6 +36,10 @@ class SavePretrained(Callback):
     ) -> None:
         self.monitor, self.mode, self.adapter, self.folder = monitor, mode, adapter, folder
         self.best: float | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and self.adapter == "merged":
+            check_mergeable(pl_module)  # now, not after hours of training
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit":

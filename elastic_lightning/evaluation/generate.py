@@ -20,6 +20,7 @@ from elastic_lightning.policies import (
     Sampling,
     as_policy,
     counter_uniforms,
+    draw_lengths,
     load_policy,
     load_source,
     sample,
@@ -34,8 +35,11 @@ def generate(
     seed: int = 1,
     samples: int = 1,
     batch_size: int = 32,
+    first_row: int = 0,
 ) -> list[dict[str, Any]]:
     """Draw `samples` responses to each prompt; one dict of prompt, response and complete for each.
+
+    Row after row has random numbers of its own, counted from `first_row`.
 
     Raises:
         UserError: a prompt has no tokens, or does not fit the model's context with its response.
@@ -45,9 +49,11 @@ def generate(
     for start in range(0, len(repeated), batch_size):
         batch = _encode(policy, tokenizer, repeated[start : start + batch_size])
         policy.lm.check_context(batch.tokens.shape[1], sampling.max_new_tokens)
-        index = torch.arange(len(batch.tokens), device=batch.tokens.device) + start
+        index = torch.arange(len(batch.tokens), device=batch.tokens.device) + first_row + start
         uniforms = counter_uniforms(seed, 0, index, sampling.max_new_tokens)
-        rollout = sample(policy, batch, sampling, uniforms, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        lengths = draw_lengths(seed, 0, index, sampling)
+        ends = tokenizer.eos_token_id, tokenizer.pad_token_id
+        rollout = sample(policy, batch, sampling, uniforms, *ends, lengths=lengths)
         texts = policy.lm.decode(tokenizer, batch, rollout.responses)
         rows += [
             {"prompt": prompt, "response": response, "complete": complete}

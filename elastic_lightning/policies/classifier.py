@@ -8,10 +8,11 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies.loading import ModelSource, add_lora, from_architecture, from_path, load_adapter
+from elastic_lightning.policies.saving import ADAPTER_WEIGHTS
 
 HEAD = re.compile(r"\.(score|classifier(\.out_proj)?)\.weight$")  # [labels, hidden], by transformers' names
 
@@ -45,8 +46,8 @@ def trained_classifier(source: ModelSource) -> PreTrainedModel:
         UserError: it cannot be loaded, or has no trained head.
     """
     if is_adapter(source.path):
-        options = {"num_labels": _adapter_labels(source.path)}
-        model = load_adapter(source, AutoModelForSequenceClassification, **options).merge_and_unload()
+        model = load_adapter(source, AutoModelForSequenceClassification, **adapter_labels(source.path))
+        model = model.merge_and_unload()
     else:
         model, info = from_path(AutoModelForSequenceClassification, source, output_loading_info=True)
         if info["missing_keys"]:
@@ -75,14 +76,22 @@ def is_adapter(path: str) -> bool:
     return (Path(path) / "adapter_config.json").exists()
 
 
-def _adapter_labels(path: str) -> int:
-    """Rows of the head that was trained beside the adapter: its config does not say."""
+def adapter_labels(path: str) -> dict[str, Any]:
+    """What an adapter's classifier has other than its base model: names of labels as `save_model` keeps them in the
+    folder's own config, else their number, the rows of the head that was trained beside the adapter.
+
+    Raises:
+        UserError: the folder holds no head.
+    """
+    if (Path(path) / "config.json").is_file():
+        config = AutoConfig.from_pretrained(path)
+        return {name: getattr(config, name) for name in ("id2label", "label2id")}
     try:
-        with safe_open(str(Path(path) / "adapter_model.safetensors"), "pt") as weights:
+        with safe_open(str(Path(path) / ADAPTER_WEIGHTS), "pt") as weights:
             names = [name for name in weights.keys() if HEAD.search(name)]  # noqa: SIM118 (no dict)
             heads = [weights.get_slice(name).get_shape()[0] for name in names]
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot load the adapter from {path}: {error}") from error
     if not heads:
         raise UserError(f"the adapter in {path} has no classification head: is it a policy's?")
-    return heads[0]
+    return {"num_labels": heads[0]}

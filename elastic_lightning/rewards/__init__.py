@@ -1,5 +1,6 @@
 """Rewards: callables (prompts, responses) -> scores [B]."""
 
+from elastic_lightning.rewards.adapter import AdapterReward
 from elastic_lightning.rewards.base import Reward, Scores, score
 from elastic_lightning.rewards.classifier import ClassifierReward
 from elastic_lightning.rewards.ensemble import EnsembleReward
@@ -11,6 +12,7 @@ from elastic_lightning.rewards.weight_averaged import WeightAveragedReward
 from elastic_lightning.rewards.weighted import WeightedReward
 
 __all__ = [
+    "AdapterReward",
     "ClassifierReward",
     "EnsembleReward",
     "FunctionReward",

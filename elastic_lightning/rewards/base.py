@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic_lightning.errors import UserError
+from elastic_lightning.policies import PolicyLM
 
 
 class Scores(NamedTuple):
@@ -27,6 +28,12 @@ class Reward(nn.Module):
 
     def forward(self, prompts: list[str], responses: list[str]) -> Tensor:
         raise TypeError(f"{type(self).__name__} must override forward(prompts, responses) -> scores [B]")
+
+    def bind(self, lm: PolicyLM) -> None:
+        """Told before anything is scored which policy will be: for rewards that share its weights."""
+        for part in self.modules():
+            if part is not self and isinstance(part, Reward):
+                part.bind(lm)
 
     def components(self, prompts: list[str], responses: list[str]) -> dict[str, Tensor]:
         """Named parts [B] each; a reward made of one part has none."""

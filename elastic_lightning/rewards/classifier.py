@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies.classifier import pad_like, trained_classifier
@@ -48,15 +49,20 @@ class ClassifierReward(Reward):
         if batch_size < 1:
             raise UserError(f"batch_size must be 1 or more, got {batch_size}")
         source = ModelSource(path, dtype=dtype, trust_remote_code=trust_remote_code)
-        self.model = trained_classifier(source)
-        disable_dropout(self.model)
         self.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         # A text that is too long loses its beginning: the response is at its end.
         self.tokenizer.truncation_side, self.tokenizer.padding_side = "left", "right"
-        pad_like(self.model, self.tokenizer)
+        self.model = self.load(source, self.tokenizer)
         self.label = label_index(self.model.config, label)
         self.output, self.on, self.batch_size = output, on, batch_size
         self.max_length = max_length or position_limit(self.model)
+
+    def load(self, source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+        """The classifier: tokens and mask [B, L] in, ``logits`` [B, labels] out."""
+        model = trained_classifier(source)
+        disable_dropout(model)
+        pad_like(model, tokenizer)
+        return model
 
     def forward(self, prompts: list[str], responses: list[str]) -> Tensor:
         """Scores [B] float32."""
