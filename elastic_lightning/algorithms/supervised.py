@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -71,11 +73,21 @@ class SupervisedModule(LightningModule):
             betas=tuple(config.betas),
             fused=can_fuse(self.trainer, self.device) or None,
         )
-        total = self.trainer.estimated_stepping_batches
         scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: schedule_factor(config.schedule, step, config.warmup, total)
+            optimizer, lambda step: schedule_factor(config.schedule, step, config.warmup, self._total_steps(step))
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _total_steps(self, step: int) -> float:
+        """Optimizer steps of the run. Not asked for before the first: it makes Lightning build the loader, and a resumed
+        run's loader must be built after the checkpoint is read. The first rate does not depend on it."""
+        return self.trainer.estimated_stepping_batches if step > 0 else float("inf")
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Dropout is a function of (seed, step, rank): a resumed run drops what the unbroken one would."""
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        words = [seed, self.global_step, batch_idx, self.global_rank]
+        torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1))
 
     def shadowed_parameters(self) -> dict[str, torch.Tensor]:
         """The weights that weight callbacks average: the trainable ones."""
