@@ -79,8 +79,8 @@ class SupervisedModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _total_steps(self, step: int) -> float:
-        """Optimizer steps of the run. Not asked for before the first: it makes Lightning build the loader, and a resumed
-        run's loader must be built after the checkpoint is read. The first rate does not depend on it."""
+        """Optimizer steps of the run. Not asked for before the first, whose rate does not depend on it: the question
+        makes Lightning build the loader, and a resumed run's must be built after the checkpoint is read."""
         return self.trainer.estimated_stepping_batches if step > 0 else float("inf")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

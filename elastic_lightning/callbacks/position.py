@@ -53,10 +53,10 @@ class Position(NamedTuple):
 
     def restore(self, loops: dict[str, Any], max_epochs: int | None) -> None:
         """Write this position into the state of the fit loop that Lightning is about to load."""
-        more = max_epochs in (None, -1) or self.epoch + 1 < max_epochs
-        if self.epoch_done and more:
-            # An epoch that is over: the next one begins as any does.
-            epochs, batches, total, logged = _all(self.epoch + 1), _all(0), _all(self.total), self.logged
+        epoch, behind = self.next_batch
+        over = max_epochs not in (None, -1) and epoch >= max_epochs
+        if behind == 0 and not over:  # an epoch begins as any does
+            epochs, batches, total, logged = _all(epoch), _all(0), _all(self.total), self.logged
         else:
             # As inside the hooks at a batch's end: Lightning counts it as completed, and begins the next one; after the
             # last batch of all it goes through the end of training.
@@ -64,8 +64,7 @@ class Position(NamedTuple):
             batches = _all(self.batches, completed=self.batches - 1)
             total, logged = _all(self.total, completed=self.total - 1), self.logged - 1
         loops["epoch_progress"] = {"total": dict(epochs), "current": dict(epochs)}
-        last = self.epoch_done and not more
-        loops["epoch_loop.batch_progress"] = {"total": total, "current": batches, "is_last_batch": last}
+        loops["epoch_loop.batch_progress"] = {"total": total, "current": batches, "is_last_batch": over}
         loops["epoch_loop.state_dict"] = {"_batches_that_stepped": logged}
         nothing = {"total": _all(0), "current": _all(0), "is_last_batch": False}
         loops["epoch_loop.val_loop.batch_progress"] = nothing
@@ -73,7 +72,7 @@ class Position(NamedTuple):
     def enter(self, trainer: Trainer) -> None:
         """To be called when training starts: an epoch's start is no restart, which Lightning takes it for where
         `max_steps` is set."""
-        if self.epoch_done:
+        if self.next_batch[1] == 0:
             trainer.fit_loop.epoch_loop.restarting = False
 
 

@@ -80,7 +80,7 @@ class BatchCheckpoint(Checkpoint):
     For PPO a training batch is a PPO batch; Lightning's ModelCheckpoint counts optimizer steps, of which a PPO batch
     has many and, with early stopping, not always as many. A batch is saved when all that follows it is done, its
     validation too: before the next batch, or at the epoch's end. A file appears under its name when it is whole and on
-    the disk. A run that resumes from one takes the very next batch, and what was logged after the checkpoint is removed.
+    the disk. A run that resumes from one takes the very next batch; what was logged after the checkpoint is removed.
 
     Args:
         every: training batches between checkpoints.
@@ -90,7 +90,7 @@ class BatchCheckpoint(Checkpoint):
         UserError: a checkpoint cannot be written (those before stay as they are), or the run's folder is gone.
     """
 
-    def __init__(self, every: int, keep: int = 2) -> None:
+    def __init__(self, every: int = 50, keep: int = 2) -> None:
         if every < 1 or keep < 1:
             raise UserError(f"BatchCheckpoint: every and keep must be 1 or more, got {every} and {keep}")
         self.every, self.keep = every, keep

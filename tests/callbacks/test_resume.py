@@ -16,13 +16,11 @@ from elastic_lightning.algorithms import (
     LanguageModel,
     PPOConfig,
     RewardModel,
-    TranslationGame,
 )
 from elastic_lightning.callbacks import (
     BatchCheckpoint,
     ElasticReset,
     EMAAnchor,
-    IteratedLearning,
     SampleLogger,
     SavePretrained,
 )
