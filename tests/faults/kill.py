@@ -2,24 +2,25 @@
 
     python tests/faults/kill.py --runs 20
 
-Every run is the command line in a process of its own: PPO with Elastic Reset on the toy world, saving every batch. It
-ends by SIGKILL, sometimes twice, at moments that the seed decides: after a batch drawn at random, and a time drawn at
-random after that. Compared are all of the last checkpoint (weights, average, optimizer, counters, KL coefficient,
-learning rate), the exported folders, the samples and every logged scalar, times and throughputs apart.
+Every run is the command line in a process of its own (forked from one that has imported the libraries and nothing
+else): PPO with Elastic Reset on the toy world, saving every batch. It ends by SIGKILL, sometimes twice, at moments that
+the seed decides: after a batch drawn at random, and a time drawn at random after that. Compared are all of the last
+checkpoint (weights, average, optimizer, counters, KL coefficient, learning rate), the exported folders, the samples and
+every logged scalar, times and throughputs apart.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +33,11 @@ CLASSIFIER = {"model_type": "bert", "num_hidden_layers": 1, "num_attention_heads
 CLASSIFIER |= {"intermediate_size": 32, "max_position_embeddings": 128}
 CALLBACKS = """[{class_path: ElasticReset, init_args: {every: 3, decay: 0.9}}, {class_path: SampleLogger},
 {class_path: SavePretrained, init_args: {monitor: val/reward}}, {class_path: BatchCheckpoint, init_args: {every: 1}}]"""
+PROCESSES = multiprocessing.get_context("forkserver")  # a run's process begins with everything imported, and no more
+PRELOADED = ["elastic_lightning.lightning_cli", "torch.utils.tensorboard", "transformers.generation"]
+PRELOADED += [f"transformers.models.{kind}.modeling_{kind}" for kind in ("gpt2", "bert")]
 POLL = 0.002  # seconds between two looks at a run's folder
-START_LIMIT = 300.0  # seconds until a run must have begun
+START_LIMIT = 600.0  # seconds until a run must have begun
 
 
 class Kill(NamedTuple):
@@ -73,10 +77,10 @@ def build_world(folder: Path) -> None:
     tokenizer.save_pretrained(folder / "reward")
 
 
-def start(world: Path, run: Path, resume: bool) -> subprocess.Popen:
-    """The command line, as a process."""
-    command = [
-        *(sys.executable, "-m", "elastic_lightning.cli", "fit", f"--config={ROOT}/configs/toy/elastic_reset.yaml"),
+def arguments_of(world: Path, run: Path, resume: bool) -> list[str]:
+    """What stands behind `elastic-lightning`."""
+    return [
+        *("fit", f"--config={ROOT}/configs/toy/elastic_reset.yaml"),
         f"--model.init_args.policy.path={world}/policy",
         f"--model.init_args.reward.init_args.path={world}/reward",
         "--model.init_args.sampling.max_new_tokens=8",
@@ -93,15 +97,31 @@ def start(world: Path, run: Path, resume: bool) -> subprocess.Popen:
         "--trainer.enable_model_summary=false",
         *(["--ckpt_path=last"] if resume else []),
     ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    log = (run.parent / f"{run.name}.log").open("ab")
-    return subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=ROOT)
 
 
-def finish(process: subprocess.Popen, run: Path) -> None:
+def command_line(log: Path, arguments: list[str]) -> None:
+    """Be `elastic-lightning`, with what it prints in a file."""
+    from elastic_lightning.cli import main
+
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.exit(main(arguments))
+
+
+def start(world: Path, run: Path, resume: bool) -> BaseProcess:
+    """The command line, as a process."""
+    log = run.parent / f"{run.name}.log"
+    process = PROCESSES.Process(target=command_line, args=(log, arguments_of(world, run, resume)))
+    process.start()
+    return process
+
+
+def finish(process: BaseProcess, run: Path) -> None:
     """Wait for a process that must end well."""
-    if process.wait() != 0:
-        sys.exit(f"{run.name} failed:\n{(run.parent / f'{run.name}.log').read_text()[-3000:]}")
+    process.join()
+    if process.exitcode != 0:
+        raise RuntimeError(f"{run.name} failed:\n{(run.parent / f'{run.name}.log').read_text()[-3000:]}")
 
 
 def saved_batch(run: Path) -> int:
@@ -110,20 +130,20 @@ def saved_batch(run: Path) -> int:
     return max((int(name.removeprefix("batch_")) for name in names), default=0)
 
 
-def kill(process: subprocess.Popen, run: Path, batch: int, delay: float) -> Kill | None:
+def kill(process: BaseProcess, run: Path, batch: int, delay: float) -> Kill | None:
     """SIGKILL `delay` seconds after the checkpoint of `batch`; None if the run was over by then."""
     deadline = time.monotonic() + START_LIMIT
-    while saved_batch(run) < batch and process.poll() is None:
+    while saved_batch(run) < batch and process.is_alive():
         if time.monotonic() > deadline:
             process.kill()
-            sys.exit(f"{run.name} did not reach batch {batch} in {START_LIMIT:.0f} s")
+            raise RuntimeError(f"{run.name} did not reach batch {batch} in {START_LIMIT:.0f} s")
         time.sleep(POLL)
     time.sleep(delay)
-    if process.poll() is not None:
+    if not process.is_alive():
         finish(process, run)
         return None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     return Kill(saved_batch(run), max(scalars(run).get("train/reward", {0: []})))
 
 
@@ -212,14 +232,17 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    PROCESSES.set_forkserver_preload(PRELOADED)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        build_world(folder)
+        builder = PROCESSES.Process(target=build_world, args=(folder,))
+        builder.start()
+        builder.join()
         whole = folder / "whole"
         process = start(folder, whole, resume=False)
-        while saved_batch(whole) < 1 and process.poll() is None:
+        while saved_batch(whole) < 1 and process.is_alive():
             time.sleep(POLL)
         first = time.monotonic()
         finish(process, whole)
