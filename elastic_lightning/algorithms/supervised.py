@@ -13,6 +13,13 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
+from elastic_lightning.algorithms.kept_weights import (
+    check_fingerprints,
+    check_weights,
+    fingerprint,
+    frozen_part,
+    names_without,
+)
 from elastic_lightning.algorithms.memory import keep_memory_of_fit
 from elastic_lightning.algorithms.schedules import Schedule, schedule_factor
 from elastic_lightning.errors import UserError
@@ -57,6 +64,10 @@ class SupervisedModule(LightningModule):
     model: nn.Module
     optimizer_config: AdamWConfig
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.strict_loading = False  # frozen weights stay out of checkpoints; on_load_checkpoint checks the rest
+
     def setup(self, stage: str) -> None:
         keep_memory_of_fit(self.trainer, stage)
 
@@ -88,6 +99,20 @@ class SupervisedModule(LightningModule):
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         words = [seed, self.global_step, batch_idx, self.global_rank]
         torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out what is frozen: it is loaded from where it came from."""
+        state, frozen = checkpoint["state_dict"], frozen_part(self)
+        kept = names_without(self.state_dict(), frozen)
+        checkpoint["state_dict"] = {name: value for name, value in state.items() if name in kept}
+        if frozen:
+            checkpoint["frozen"] = {"base": fingerprint(frozen)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own, frozen = self.state_dict(), frozen_part(self)
+        check_weights(checkpoint["state_dict"], own, names_without(own, frozen))
+        if "frozen" in checkpoint:
+            check_fingerprints(checkpoint["frozen"], {"base": fingerprint(frozen)})
 
     def shadowed_parameters(self) -> dict[str, torch.Tensor]:
         """The weights that weight callbacks average: the trainable ones."""
