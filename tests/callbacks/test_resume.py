@@ -16,21 +16,28 @@ from elastic_lightning.algorithms import (
     LanguageModel,
     PPOConfig,
     RewardModel,
+    TranslationGame,
 )
 from elastic_lightning.callbacks import (
     BatchCheckpoint,
     ElasticReset,
     EMAAnchor,
+    IteratedLearning,
     SampleLogger,
     SavePretrained,
 )
-from elastic_lightning.data import ToyReviewsDataModule
+from elastic_lightning.data import ToyReviewsDataModule, ToyTranslationDataModule, ToyTranslationGameDataModule
+from elastic_lightning.data.toy_grammar import review_grammar, toy_tokenizer
+from elastic_lightning.data.toy_languages import all_words
 from elastic_lightning.policies import LoRA, ModelSource, Sampling
 from elastic_lightning.rewards import FunctionReward
 
 EPOCHS, BATCHES, VALIDATE = 2, 4, 2  # of each run: batches an epoch, and between validations
 DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
 GPT2 = {"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 8, "n_positions": 96, **DROPOUT}
+MARIAN = {"model_type": "marian", "d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8}
+MARIAN |= {"decoder_ffn_dim": 8, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+MARIAN |= {"max_position_embeddings": 96}
 BERT = {"model_type": "bert", "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8}
 BERT |= {"intermediate_size": 16, "max_position_embeddings": 128}
 
@@ -54,20 +61,11 @@ class StopAt(Callback):
             raise Stopped
 
 
-class StopInTraining(StopAt):
-    """Dies in the middle of a batch, in an optimizer step."""
-
-    def __init__(self, batches: int) -> None:
-        super().__init__("on_before_optimizer_step", batches)
-
-
 @pytest.fixture(scope="module")
 def words(tmp_path_factory) -> str:
-    """The tokenizer of the toy world."""
-    from elastic_lightning.data.toy_grammar import review_grammar, toy_tokenizer
-
+    """One tokenizer for the reviews and the three languages of the toy worlds."""
     folder = tmp_path_factory.mktemp("words")
-    toy_tokenizer(review_grammar().words).save_pretrained(folder)
+    toy_tokenizer([*dict.fromkeys([*review_grammar().words, *all_words()])]).save_pretrained(folder)
     return str(folder)
 
 
@@ -98,11 +96,27 @@ def reward_model(words):
     return RewardModel(ModelSource(architecture=BERT, tokenizer=words), optimizer=AdamWConfig(1e-2, warmup=0))
 
 
+def game(words, **options):
+    torch.manual_seed(0)
+    source = ModelSource(architecture=MARIAN, tokenizer=words)
+    config = PPOConfig(epochs=1, mini_batches=1, kl_penalty="none", learning_rate=1e-2)
+    return TranslationGame(source, source, config, Sampling(max_new_tokens=5), 1e-3, seed=3, **options)
+
+
+def pairs(beside=False):
+    size = {"train_pairs": 40, "eval_pairs": 4, "batch_size": 8, "eval_batch_size": 4}
+    s2p = {"fr_en": ToyTranslationDataModule(source="fr", target="en", **size)} if beside else {}
+    return ToyTranslationGameDataModule(**size, **s2p)
+
+
 CASES = {
     "ppo": lambda words: (ppo(words), reviews("prompts"), [ElasticReset(every=3, decay=0.9)]),
     "ppo_lora": lambda words: (ppo(words, lora=True), reviews("prompts"), [ElasticReset(every=3, decay=0.9)]),
     "ppo_anchor": lambda words: (ppo(words), reviews("prompts"), [EMAAnchor(decay=0.9)]),
-    "language_model": lambda words: (language_model(words), reviews("language_model"), [ElasticReset(every=5)]),
+    "language_model": lambda words: (language_model(words), reviews("language_model"), [ElasticReset(every=3)]),
+    "translation_game": lambda words: (game(words), pairs(), [ElasticReset(every=3, decay=0.9)]),
+    "self_play": lambda words: (game(words), pairs(beside=True), []),
+    "iterated_learning": lambda words: (game(words), pairs(), [IteratedLearning(every=3, steps=2)]),
     "reward_model": lambda words: (reward_model(words), reviews("reward_model"), []),
 }
 
@@ -110,10 +124,10 @@ CASES = {
 def run(case: str, words: str, folder: Path, stop: Callback | None = None, resume: bool = False, **options) -> Trainer:
     """One process's part of a run."""
     module, data, callbacks = CASES[case](words)
-    if not case.startswith("ppo") and case != "game":
-        own = [SavePretrained()]
-    else:
+    if isinstance(module, PPO):
         own = [SampleLogger(samples=2), SavePretrained(monitor="val/reward")]
+    else:
+        own = [SavePretrained()]
     trainer = Trainer(
         accelerator="cpu",
         logger=TensorBoardLogger(folder, name="", version="run", default_hp_metric=False),
@@ -212,11 +226,65 @@ STOPS = {
 }
 
 
-@pytest.mark.parametrize("stops", STOPS)
-@pytest.mark.parametrize("case", ["ppo", "language_model"])
+EVERYWHERE = [("ppo", stops) for stops in STOPS]
+ELSEWHERE = [
+    (case, stops)
+    for case in CASES
+    if case != "ppo"
+    for stops in ("mid_epoch", "before_a_validation", "twice_around_an_epochs_end")
+]
+
+
+@pytest.mark.parametrize(("case", "stops"), [*EVERYWHERE, *ELSEWHERE])
 def test_a_resumed_run_is_the_run(case, stops, words, tmp_path, whole):
-    if case != "ppo" and "before_reset" in STOPS[stops][0][0]:
-        pytest.skip("a reset of PPO's")
     for index, (hook, batches) in enumerate(STOPS[stops]):
         run(case, words, tmp_path, StopAt(hook, batches), resume=index > 0)
     assert_same(tmp_path, run(case, words, tmp_path, resume=True), *whole(case))
+
+
+def test_a_run_of_a_number_of_steps_is_resumed_in_any_epoch(words, tmp_path, whole):
+    limits = {"max_epochs": -1, "max_steps": 7, "limit_train_batches": 3, "val_check_interval": 2}
+    run("language_model", words, tmp_path, StopAt("on_train_epoch_start", 3), **limits)
+    run("language_model", words, tmp_path, StopAt("on_before_optimizer_step", 2), resume=True, **limits)
+    resumed = run("language_model", words, tmp_path, resume=True, **limits)
+    assert resumed.global_step == 7
+    assert_same(tmp_path, resumed, *whole("language_model", **limits))
+
+
+def test_a_run_that_ended_within_an_epoch_can_be_made_longer(words, tmp_path, whole):
+    short = {"max_epochs": -1, "max_steps": 5}
+    run("reward_model", words, tmp_path, **short)
+    longer = short | {"max_steps": 8}
+    assert_same(tmp_path, run("reward_model", words, tmp_path, resume=True, **longer), *whole("reward_model", **longer))
+
+
+def test_gradients_on_their_way_are_not_cut(words, tmp_path, whole):
+    options = {"accumulate_grad_batches": 2}
+    run("language_model", words, tmp_path, StopAt("on_train_batch_start", 3), **options)
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["batch_000002.ckpt"]
+    assert_same(
+        tmp_path, run("language_model", words, tmp_path, resume=True, **options), *whole("language_model", **options)
+    )
+
+
+def test_what_was_logged_after_the_checkpoint_is_removed(words, tmp_path, whole):
+    """Also where the run that is resumed was ahead of the checkpoint, as after a kill with all its logs on the disk."""
+    run("ppo", words, tmp_path, StopAt("on_train_batch_start", 6))
+    (tmp_path / "run" / "checkpoints" / "batch_000005.ckpt").unlink()
+    torn = next((tmp_path / "run").glob("events.*"))
+    torn.write_bytes(torn.read_bytes()[:-7])  # half a record at the end
+    assert max(step for step, _ in logged(tmp_path)["train/reward"]) >= 5
+    assert_same(tmp_path, run("ppo", words, tmp_path, resume=True), *whole("ppo"))
+
+
+def test_another_folders_logs_are_left_alone(words, tmp_path):
+    run("ppo", words, tmp_path / "first", max_epochs=1)
+    other = tmp_path / "second" / "run"
+    other.mkdir(parents=True)
+    (other / "samples.jsonl").write_text("another run's\n")
+    (other / "checkpoints").mkdir()
+    last = max((tmp_path / "first" / "run" / "checkpoints").iterdir())
+    (other / "checkpoints" / last.name).write_bytes(last.read_bytes())
+    run("ppo", words, tmp_path / "second", resume=True)
+    assert (other / "samples.jsonl").read_text().startswith("another run's\n")
