@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib
 import os
 import re
@@ -25,6 +26,7 @@ LIGHTNING_COMMANDS = {
     "test": "measure on the test data, and write test.json",
     "predict": "write responses and rewards as JSONL",
 }
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
 
@@ -99,6 +101,9 @@ def _user_mistake(error: Exception) -> str | None:
     while cause is not None:  # a parser wraps what a constructor raises
         if isinstance(cause, UserError):
             return str(cause)
+        if isinstance(cause, OSError) and cause.errno in DISK_FULL:
+            where = f": {cause.filename}" if cause.filename else ""
+            return f"{cause.strerror}{where}; free some space, then go on with --ckpt_path last"
         cause = cause.__cause__ or cause.__context__
     if type(error).__name__ == "ArgumentError":
         return _condense(str(error))

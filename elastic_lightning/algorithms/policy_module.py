@@ -17,6 +17,12 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from elastic_lightning.algorithms.execution import Execution
+from elastic_lightning.algorithms.kept_weights import (
+    check_fingerprints,
+    check_weights,
+    fingerprint,
+    names_without,
+)
 from elastic_lightning.algorithms.memory import keep_memory_of_fit, weights_cast_once
 from elastic_lightning.algorithms.policy_metrics import PolicyMetrics
 from elastic_lightning.errors import UserError
@@ -46,6 +52,7 @@ from elastic_lightning.policies.saving import save_model
 from elastic_lightning.rewards import Reward, Scores, score
 
 VALIDATION_LOGITS = 2**24  # of policy and initial policy each that stand in memory at a time
+FROZEN_PARTS = ("actor", "initial", "reward", "receiver")  # where weights lie that checkpoints leave out
 VALIDATION_STEP = -1  # uniforms of validation are those of this step: every validation draws with the same luck
 
 
@@ -103,6 +110,7 @@ class PolicyModule(LightningModule):
         self.sampling_seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.ppo_step = 0
         self._rows_drawn = 0  # of this evaluation, on this rank
+        self._fingerprints: dict[str, str] | None = None
         self.strict_loading = False  # frozen weights stay out of checkpoints; on_load_checkpoint checks the rest
         if policy.dtype != "float32" and policy.lora is None:
             rank_zero_warn(
@@ -320,22 +328,32 @@ class PolicyModule(LightningModule):
         """Keep what is trained; reward, reference and frozen base weights are loaded from where they came from."""
         kept = self._checkpointed_names()
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
-        checkpoint["ppo_step"] = self.ppo_step
+        checkpoint["ppo_step"], checkpoint["sampling_seed"] = self.ppo_step, self.sampling_seed
+        checkpoint["frozen"] = dict(self.fingerprints())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved, own = checkpoint["state_dict"], self.state_dict()
-        expected = self._checkpointed_names()
-        missing, unexpected = sorted(expected - set(saved)), sorted(set(saved) - expected)
-        shapes = [name for name in expected & set(saved) if saved[name].shape != own[name].shape]
-        if missing or unexpected or shapes:
-            example = (missing + unexpected + sorted(shapes))[0]
-            raise UserError(
-                f"the checkpoint is of another model: {len(missing)} weights missing, {len(unexpected)} unexpected, "
-                f"{len(shapes)} of another shape (e.g. {example}); use the config it was trained with"
-            )
+        check_weights(checkpoint["state_dict"], self.state_dict(), self._checkpointed_names())
         if "ppo_step" not in checkpoint:
             raise UserError("the checkpoint is not of a policy trained here: it holds no ppo_step")
+        frozen, seed = checkpoint.get("frozen", {}), checkpoint.get("sampling_seed", self.sampling_seed)
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            frozen.pop("reward", None)  # a policy may be measured by another reward, but not go on learning from it
+        elif seed != self.sampling_seed:
+            raise UserError(
+                f"the checkpoint is of a run with seed {seed}, and this one's is {self.sampling_seed}: "
+                "resume with the seed it was written with"
+            )
+        check_fingerprints(frozen, self.fingerprints())
         self.ppo_step = checkpoint["ppo_step"]
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of the weights that checkpoints leave out, by the module's part; taken once, for they do not change."""
+        if self._fingerprints is None:
+            trained = {name: value for name, value in self.named_parameters() if value.requires_grad}
+            left = names_without(state := self.state_dict(), trained)
+            parts = {name: {n: state[n] for n in left if n.startswith(f"{name}.")} for name in FROZEN_PARTS}
+            self._fingerprints = {name: fingerprint(weights) for name, weights in parts.items() if weights}
+        return self._fingerprints
 
     def _checkpointed_names(self) -> set[str]:
         own = {name: value for name, value in self.state_dict().items() if name.split(".")[0] in self.trained_modules}
