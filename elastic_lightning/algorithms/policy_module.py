@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from elastic_lightning.policies import (
     sample,
 )
 from elastic_lightning.policies.loading import disable_dropout
+from elastic_lightning.policies.portions import Portions
 from elastic_lightning.policies.reference import ReferenceKind
 from elastic_lightning.policies.saving import save_model
 from elastic_lightning.rewards import Reward, Scores, score
@@ -91,6 +92,7 @@ class PolicyModule(LightningModule):
         self.reward = reward
         self.sampling = sampling
         self.execution = execution
+        self.portions = Portions(execution.scoring_batch_size, "reading log-probabilities")
         lower = execution.rollout_dtype not in (None, policy.dtype)
         self.rollout_copy = RolloutCopy(lm, getattr(torch, execution.rollout_dtype)) if lower else None
         self._graph_samplers: dict[int, GraphSampler] = {}
@@ -149,8 +151,9 @@ class PolicyModule(LightningModule):
     def score(self, batch: Any, responses: Responses) -> tuple[Texts, Scores]:
         """Texts of a batch with its responses, and their scores [B], on the module's device."""
         texts = self.actor.lm.decode(self.tokenizer, self.prompts(batch), responses)
-        total, components = score(self.reward, texts.prompts, texts.responses)
-        return texts, Scores(total.to(self.device), {name: part.to(self.device) for name, part in components.items()})
+        total, components, valid = score(self.reward, texts.prompts, texts.responses)
+        on_device = {name: part.to(self.device) for name, part in components.items()}
+        return texts, Scores(total.to(self.device), on_device, None if valid is None else valid.to(self.device))
 
     def rollout(self, prompts: Prompts, step: int, first_row: int = 0) -> Rollout:
         """`sample` for training: with the copy of the weights that `execution.rollout_dtype` asks for."""
@@ -173,7 +176,7 @@ class PolicyModule(LightningModule):
         """What leaves the frozen layers [B, P+T-1, H], where `execution.trainable_layers` froze some."""
         if self.execution.trainable_layers is None:
             return None
-        return torch.cat([self.actor.lm.trunk_hidden(*part[:2]) for part in self._chunks(prompts, responses)])
+        return torch.cat(self._in_portions(lambda *part: self.actor.lm.trunk_hidden(*part[:2]), prompts, responses))
 
     @torch.no_grad()
     def recompute(self, prompts: Prompts, rollout: Rollout, trunk: Tensor | None = None) -> Rollout:
@@ -181,10 +184,12 @@ class PolicyModule(LightningModule):
         `execution.recompute_logprobs` wants that; else the same rollout."""
         if not self.execution.recomputes(next(self.actor.lm.parameters()).dtype):
             return rollout
-        parts = [
-            self.actor.evaluate(*part, self.sampling.temperature, trunk=part_trunk)
-            for *part, part_trunk in self._chunks(prompts, rollout.responses, trunk)
-        ]
+        parts = self._in_portions(
+            lambda *part: self.actor.evaluate(*part[:2], self.sampling.temperature, trunk=part[2]),
+            prompts,
+            rollout.responses,
+            trunk,
+        )
         logprobs = torch.cat([part.logprobs for part in parts])
         values = torch.cat([part.values for part in parts]).masked_fill(~rollout.mask, 0)
         return rollout._replace(logprobs=logprobs, values=values)
@@ -192,26 +197,28 @@ class PolicyModule(LightningModule):
     def reference_logprobs(self, prompts: Prompts, responses: Responses, trunk: Tensor | None = None) -> Tensor:
         """Log-probabilities [B, T] of the responses under theta_0, at the sampling temperature."""
         with torch.inference_mode():
-            parts = [
-                self.reference.logprobs(*part, self.sampling.temperature, trunk=part_trunk)
-                for *part, part_trunk in self._chunks(prompts, responses, trunk)
-            ]
+            parts = self._in_portions(
+                lambda *part: self.reference.logprobs(*part[:2], self.sampling.temperature, trunk=part[2]),
+                prompts,
+                responses,
+                trunk,
+            )
         return torch.cat(parts)  # outside, where what is made may enter a graph
 
-    def _chunks(
-        self, prompts: Prompts, responses: Responses, trunk: Tensor | None = None, size: int | None = None
-    ) -> list[tuple[Prompts, Responses, Tensor | None]]:
-        """Rows of all three, `size` at a time (by default as many as `execution.scoring_batch_size`, or all)."""
-        rows = len(prompts.tokens)
-        size = size or self.execution.scoring_batch_size or rows
-        return [
-            (
-                Prompts(*(x[start : start + size] for x in prompts)),
-                Responses(*(x[start : start + size] for x in responses)),
-                None if trunk is None else trunk[start : start + size],
-            )
-            for start in range(0, rows, size)
-        ]
+    def _in_portions(
+        self,
+        function: Callable[[Prompts, Responses, Tensor | None], Any],
+        prompts: Prompts,
+        responses: Responses,
+        trunk: Tensor | None = None,
+    ) -> list[Any]:
+        """Results of a function of rows of all three, as many at a time as `execution.scoring_batch_size`, or all; half
+        as many, and for the rest of the run, where memory does not suffice."""
+
+        def part(rows: slice) -> Any:
+            return function(*_rows(rows, prompts, responses), None if trunk is None else trunk[rows])
+
+        return self.portions.run(part, len(prompts.tokens))
 
     # Validation, test, prediction -------------------------------------------------------------------------------
 
@@ -229,9 +236,10 @@ class PolicyModule(LightningModule):
         prompts = self.prompts(batch)
         rollout = self.sample(prompts, VALIDATION_STEP, self._first_row(prompts))
         texts, scores = self.score(batch, rollout.responses)
-        self.policy_metrics.update_samples(rollout.responses, texts.complete, scores.total)
+        scored = scores.total if scores.valid is None else scores.total[scores.valid]
+        self.policy_metrics.update_samples(rollout.responses, texts.complete, scored)
         self._measure_drift(prompts, rollout.responses)
-        return _rows(texts, scores, self.measure_texts(batch, texts))
+        return _as_dicts(texts, scores, self.measure_texts(batch, texts))
 
     def measure_texts(self, batch: Any, texts: Texts) -> dict[str, list[str]]:
         """Measure B sampled texts; further columns of B texts for whoever looks at samples."""
@@ -241,7 +249,9 @@ class PolicyModule(LightningModule):
     def _measure_drift(self, prompts: Prompts, sampled: Responses) -> None:
         """KL, entropy and fluency of sampled responses, in parts whose logits fit into memory."""
         whole = sampled.mask.shape[1] * self.actor.lm.config.vocab_size  # logits a row
-        for *part, _ in self._chunks(prompts, sampled, size=max(1, VALIDATION_LOGITS // whole)):
+        size = max(1, VALIDATION_LOGITS // whole)
+        for start in range(0, len(sampled.tokens), size):
+            part = _rows(slice(start, start + size), prompts, sampled)
             logits, initial = self.actor.lm.response_logits(*part), self.initial.response_logits(*part)
             self.policy_metrics.update_logits(part[1], logits, initial, self.sampling.temperature)
 
@@ -269,7 +279,7 @@ class PolicyModule(LightningModule):
         prompts = self.prompts(batch)
         rollout = self.sample(prompts, VALIDATION_STEP, self._first_row(prompts))
         texts, scores = self.score(batch, rollout.responses)
-        return _rows(texts, scores)
+        return _as_dicts(texts, scores)
 
     def on_validation_epoch_start(self) -> None:
         self._rows_drawn = 0
@@ -352,16 +362,22 @@ def _trained(lm: PolicyLM) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in lm.named_parameters() if parameter.requires_grad}
 
 
-def _rows(texts: Texts, scores: Scores, columns: dict[str, list[str]] | None = None) -> list[dict[str, Any]]:
-    """One dict of plain values a response; `columns` are further ones."""
+def _rows(rows: slice, prompts: Prompts, responses: Responses) -> tuple[Prompts, Responses]:
+    return Prompts(*(tensor[rows] for tensor in prompts)), Responses(*(tensor[rows] for tensor in responses))
+
+
+def _as_dicts(texts: Texts, scores: Scores, columns: dict[str, list[str]] | None = None) -> list[dict[str, Any]]:
+    """One dict of plain values a response; `columns` are further ones. A response that is masked has no reward."""
+    valid = [True] * len(scores.total) if scores.valid is None else scores.valid.tolist()
+    values = [value if kept else None for value, kept in zip(scores.total.tolist(), valid, strict=True)]
     return [
         {
             "prompt": texts.prompts[row],
             "response": texts.responses[row],
             "complete": texts.complete[row],
-            "reward": scores.total[row].item(),
+            "reward": values[row],
             **{f"reward_{name}": part[row].item() for name, part in scores.components.items()},
-            **{name: values[row] for name, values in (columns or {}).items()},
+            **{name: column[row] for name, column in (columns or {}).items()},
         }
         for row in range(len(texts.prompts))
     ]

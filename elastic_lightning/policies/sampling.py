@@ -193,7 +193,7 @@ def search(weights: Tensor, uniforms: Tensor) -> Tensor:
     """The first token [B] of each row at which the running sum of weights [B, V] exceeds uniform * total.
 
     In two stages, the block and then the token in it: a running sum over a whole vocabulary cannot be computed
-    in parallel, and its rounding grows with V.
+    in parallel, and its rounding grows with V. A row of NaN gives the last token: its log-probability is NaN too.
     """
     sums = _block_sums(weights)
     running = sums.cumsum(dim=-1)
@@ -201,7 +201,7 @@ def search(weights: Tensor, uniforms: Tensor) -> Tensor:
     tokens = block[:, None] * BLOCK + torch.arange(BLOCK, device=weights.device)
     inside = weights.gather(-1, tokens.clamp(max=weights.shape[1] - 1)).masked_fill(tokens >= weights.shape[1], 0)
     offset, _ = _search_row(inside.cumsum(dim=-1), rest)
-    return block * BLOCK + offset
+    return (block * BLOCK + offset).clamp(max=weights.shape[1] - 1)
 
 
 def _block_sums(weights: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies.loading import ModelSource, disable_dropout, from_path, load_tokenizer
+from elastic_lightning.policies.portions import Portions
 from elastic_lightning.rewards.base import Reward
 
 
@@ -23,7 +24,7 @@ class ClassifierReward(Reward):
         output: "probability" (softmax, or sigmoid of a one-label model) or "logit".
         on: what the classifier reads: the whole text or the response alone.
         max_length: in tokens; longer texts lose their beginning. The model's own limit by default.
-        batch_size: texts scored at a time.
+        batch_size: texts scored at a time; halved for the rest of the run where memory does not suffice.
         dtype: of the weights.
         trust_remote_code: run the python code that comes with the model; off unless asked.
     """
@@ -56,7 +57,8 @@ class ClassifierReward(Reward):
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.model.get_input_embeddings().register_forward_pre_hook(hide_foreign_tokens)
         self.label = label_index(self.model.config, label)
-        self.output, self.on, self.batch_size = output, on, batch_size
+        self.output, self.on = output, on
+        self.portions = Portions(batch_size, "scoring by the classifier")
         self.max_length = max_length or position_limit(self.model)
 
     def forward(self, prompts: list[str], responses: list[str]) -> Tensor:
@@ -65,8 +67,7 @@ class ClassifierReward(Reward):
             texts = responses
         else:
             texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-        chunks = [texts[start : start + self.batch_size] for start in range(0, len(texts), self.batch_size)]
-        return torch.cat([self._score(chunk) for chunk in chunks])
+        return torch.cat(self.portions.run(lambda part: self._score(texts[part]), len(texts)))
 
     def _score(self, texts: list[str]) -> Tensor:
         rows = self.tokenizer(texts, truncation=self.max_length is not None, max_length=self.max_length)["input_ids"]
