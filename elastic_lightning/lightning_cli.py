@@ -42,6 +42,9 @@ class ElasticCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = parser.parse_args(args)  # without Lightning's warning that sys.argv is there too
+        seed = self.config[self.config["subcommand"]].get("seed_everything")
+        if type(seed) is int and not 0 <= seed < 2**32:
+            raise UserError(f"seed_everything must be from 0 to {2**32 - 1}, got {seed}")
 
     def _parse_ckpt_path(self) -> None:
         """Lightning lets the checkpoint's hyper-parameters win over explicit ones; here they are only compared."""
@@ -79,7 +82,10 @@ class ElasticCLI(LightningCLI):
             # Lightning's own default would count optimizer steps and keep frozen weights' worth of epochs.
             kwargs.setdefault("enable_checkpointing", False)
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": extra}
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except ModuleNotFoundError as error:
+            raise UserError(f"the trainer needs a package that is not here: {' '.join(str(error).split())}") from error
 
     def fit(self, **arguments: Any) -> None:
         folder = Path(self.trainer.log_dir) if self.trainer.log_dir and not self.trainer.fast_dev_run else None

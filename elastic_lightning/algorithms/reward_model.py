@@ -51,7 +51,7 @@ class RewardModel(SupervisedModule):
         if classifier.architecture is not None:
             model = from_architecture(AutoModelForSequenceClassification, classifier, self.tokenizer, **names)
         else:
-            model = from_path(AutoModelForSequenceClassification, classifier, **names)
+            model = from_path(AutoModelForSequenceClassification, classifier, new_head=True, **names)
         if classifier.lora is not None:
             model = add_lora(model, classifier.lora, task_type="SEQ_CLS")
         self.model = model.train()

@@ -59,6 +59,7 @@ def generate(
 def main(argv: list[str]) -> int:
     """Parse the arguments, sample, print or write JSONL."""
     arguments = _parser().parse_args(argv)
+    _check(arguments)
     if not arguments.prompt and not arguments.prompts_file:
         raise UserError("no prompts: give --prompt TEXT (as often as you like) or --prompts_file FILE, one a line")
     prompts = arguments.prompt + (_read_lines(arguments.prompts_file) if arguments.prompts_file else [])
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> int:
         arguments.max_new_tokens, arguments.min_new_tokens, arguments.temperature, arguments.top_k, arguments.top_p
     )
     policy, tokenizer = load(arguments.model)
-    policy.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    _place(policy, arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rows = generate(policy, tokenizer, prompts, sampling, arguments.seed, arguments.samples, arguments.batch_size)
     if arguments.output:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -109,6 +110,22 @@ def _load_trained(policy: ActorCritic, state: dict[str, torch.Tensor], path: str
     ):
         raise UserError(f"the weights in {path} are of another model than its hyper-parameters name")
     policy.load_state_dict(weights, strict=False)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """What can be known to be wrong before a model is loaded."""
+    for name in ("samples", "batch_size"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} must be 1 or more, got {getattr(arguments, name)}")
+    if arguments.output and (Path(arguments.output).is_dir() or not Path(arguments.output).absolute().parent.is_dir()):
+        raise UserError(f"--output is a file to write in a folder that is there, and {arguments.output} is not")
+
+
+def _place(policy: ActorCritic, device: str) -> None:
+    try:
+        policy.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, by what it is that is missing
+        raise UserError(f"cannot use --device {device}: {str(error).splitlines()[0]}") from error
 
 
 def _encode(policy: ActorCritic, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Prompts:

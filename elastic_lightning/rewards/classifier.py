@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 
 from elastic_lightning.errors import UserError
-from elastic_lightning.policies.loading import ModelSource, disable_dropout, from_path, load_tokenizer
+from elastic_lightning.policies.loading import ModelSource, check_vocabulary, disable_dropout, from_path, load_tokenizer
 from elastic_lightning.policies.portions import Portions
 from elastic_lightning.rewards.base import Reward
 
@@ -51,6 +51,7 @@ class ClassifierReward(Reward):
         self.model = from_path(AutoModelForSequenceClassification, source).eval().requires_grad_(False)
         disable_dropout(self.model)
         self.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+        check_vocabulary(self.tokenizer, self.model, path)
         # A text that is too long loses its beginning: the response is at its end.
         self.tokenizer.truncation_side, self.tokenizer.padding_side = "left", "right"
         # A decoder scores the last token that is not padding: it has to know padding by the tokenizer's id.
