@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -15,6 +15,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from elastic_lightning import algorithms, callbacks, data, rewards
 from elastic_lightning.callbacks import ResponseWriter, RunProgress
 from elastic_lightning.errors import UserError
+from elastic_lightning.policies.checkpoints import read_checkpoint
 
 PACKAGES = (algorithms, callbacks, data, rewards)  # imported so that their classes are known by their short names
 
@@ -52,12 +53,7 @@ class ElasticCLI(LightningCLI):
         path = settings.get("ckpt_path")
         if not path or path in ("last", "best", "hpc"):
             return
-        if not Path(path).is_file():
-            raise UserError(f"no checkpoint at {path}")
-        try:
-            saved = torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
-        except Exception as error:
-            raise UserError(f"cannot load the checkpoint {path}: {str(error).splitlines()[0]}") from error
+        saved = read_checkpoint(path).get("hyper_parameters", {})
         given = settings.get("model", {}).get("init_args", {})
         given = given.as_dict() if hasattr(given, "as_dict") else dict(given)
         for name, value in sorted(_flat(given).items()):
@@ -83,9 +79,12 @@ class ElasticCLI(LightningCLI):
             kwargs.setdefault("enable_checkpointing", False)
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": extra}
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except ModuleNotFoundError as error:
             raise UserError(f"the trainer needs a package that is not here: {' '.join(str(error).split())}") from error
+        if trainer.log_dir:
+            _check_writable(Path(trainer.log_dir))
+        return trainer
 
     def fit(self, **arguments: Any) -> None:
         folder = Path(self.trainer.log_dir) if self.trainer.log_dir and not self.trainer.fast_dev_run else None
@@ -122,6 +121,15 @@ def run_lightning(argv: list[str]) -> None:
         jsonargparse.ArgumentError: the configuration is wrong.
     """
     ElasticCLI(args=argv)
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise a `UserError` where the folder cannot be made or written to."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"cannot write the run to {folder}: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write the run to {folder}: no permission to write in {there}")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

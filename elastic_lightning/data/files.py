@@ -62,11 +62,15 @@ def column(data: Dataset, name: str, option: str) -> list:
     """One column as a list.
 
     Raises:
-        UserError: it is not there; the message lists those that are and names the `option` to set.
+        UserError: it is not there, where the message lists those that are and names the `option` to set; or it is not
+            UTF-8.
     """
     if name not in data.column_names:
         raise UserError(f"the data has no column {name!r}, only {data.column_names}; set {option}")
-    return list(data[name])
+    try:
+        return list(data[name])
+    except UnicodeDecodeError as error:  # text is decoded where it is read, not where the file is
+        raise UserError(f"the column {name!r} holds text that is not UTF-8: convert the file") from error
 
 
 def _read(file: Path) -> Dataset:

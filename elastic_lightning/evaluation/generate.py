@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from elastic_lightning.policies import (
     load_source,
     sample,
 )
+from elastic_lightning.policies.checkpoints import read_checkpoint
 
 
 def generate(
@@ -84,12 +84,7 @@ def load(path: str) -> tuple[ActorCritic, PreTrainedTokenizerBase]:
     if not path.endswith(".ckpt"):
         loaded = load_policy(path)
         return ActorCritic(as_policy(loaded.model)).eval(), loaded.tokenizer
-    if not Path(path).is_file():
-        raise UserError(f"no checkpoint at {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"cannot load the checkpoint {path}: {str(error).splitlines()[0]}") from error
+    checkpoint = read_checkpoint(path)
     settings = checkpoint.get("hyper_parameters", {})
     if "policy" not in settings:
         raise UserError(f"{path} is not a checkpoint of a policy trained here: its hyper-parameters name no policy")

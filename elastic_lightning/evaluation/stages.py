@@ -87,6 +87,8 @@ def read_pipeline(
     content = {key: value for key, value in content.items() if value is not None}
     check(content.get("report", {}), REPORT_KEYS, f"{file}: report")
     output = output or Path(content.get("output") or missing(f"{file}: no 'output': set it there or give --output"))
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{file}: output is a folder to write, and {output} is a file")
     data = data or (Path(content["data"]) if "data" in content else None)
     if data is not None and not data.is_dir():
         raise UserError(f"--data: no such folder: {data}")

@@ -167,6 +167,8 @@ def load_tokenizer(path: str, gguf_file: str | None = None, trust_remote_code: b
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **extra)
     except UNREADABLE as error:
         raise UserError(_not_found("tokenizer", path, error)) from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of no file at all
+        raise UserError(f"cannot load the tokenizer from {path}: it holds no vocabulary (no tokenizer.json there?)")
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         known = tokenizer.get_vocab()
         usable = [token for token in PAD_TOKENS if token in known and token != tokenizer.eos_token]
@@ -313,4 +315,6 @@ def _not_found(what: str, path: str, error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
+    if "ignore_mismatched_sizes" in str(error):  # it points to a report in the log
+        return "its weights have other shapes than its config.json says"
     return str(error).strip().split("\n")[0][:200]

@@ -44,16 +44,20 @@ def measure(start: float) -> Sample:
 
 
 class Sampler(threading.Thread):
-    """Measures every so many seconds until it is told to stop."""
+    """Measures every so many seconds, from when a file appears until it is told to stop."""
 
-    def __init__(self, every: float) -> None:
+    def __init__(self, every: float, begins: Path) -> None:
         super().__init__(daemon=True)
-        self.every, self.samples, self.done = every, [], threading.Event()
-        self.began = time.monotonic()
+        self.every, self.begins, self.done = every, begins, threading.Event()
+        self.samples: list[Sample] = []
 
     def run(self) -> None:
+        while not self.begins.exists():
+            if self.done.wait(0.1):
+                return
+        began = time.monotonic()
         while True:
-            self.samples.append(measure(self.began))
+            self.samples.append(measure(began))
             if self.done.wait(self.every):
                 return
 
@@ -156,9 +160,10 @@ def main() -> int:
     parser.add_argument("--csv", type=Path, help="write the samples here")
     parser.add_argument("--plot", type=Path, help="write a picture here")
     given = parser.parse_args()
-    sampler = Sampler(given.every)
-    sampler.start()
     with tempfile.TemporaryDirectory() as folder:
+        # The validation before the first batch writes the first samples: what is imported is there by then.
+        sampler = Sampler(given.every, Path(folder) / "run" / "seed_1" / "samples.jsonl")
+        sampler.start()
         train(Path(folder), given.minutes)
         samples = sampler.finish()
     if given.csv:

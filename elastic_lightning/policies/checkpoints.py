@@ -1,0 +1,34 @@
+"""Checkpoints of Lightning, read without executing anything."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elastic_lightning.errors import UserError
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint file holds, on the CPU: tensors and plain values; a pickle of anything else is not loaded.
+
+    Raises:
+        UserError: there is no such file, or it is damaged, or not a checkpoint.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:  # torch's message advises to load it anyway
+        raise UserError(
+            f"cannot load the checkpoint {path}: it is damaged, or holds objects beside tensors and plain values, "
+            "which are never loaded, as they can run any code"
+        ) from error
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot load the checkpoint {path}: {reason[:200]} (is it cut off?)") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UserError(f"{path} is not a checkpoint of a run: it holds no state_dict")
+    return checkpoint
