@@ -121,6 +121,11 @@ def _user_mistake(error: Exception, argv: list[str]) -> str | None:
     if type(error).__name__ == "ArgumentError":
         fields = [argument for argument in argv if argument.startswith("--trainer.callbacks.")]
         return _condense(str(error)) + (CALLBACK_FIELDS if fields else "")
+    if "torch" in sys.modules:
+        from elastic_lightning.policies.portions import first_line, out_of_memory
+
+        if out_of_memory(error):
+            return f"{first_line(error)} (lower ppo.micro_batch_size, data's batch_size or sampling.max_new_tokens)"
     if type(error).__name__ == "MisconfigurationException":
         return " ".join(str(error).split())
     return None

@@ -12,15 +12,17 @@ from elastic_lightning.errors import UserError
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint file holds, on the CPU: tensors and plain values; a pickle of anything else is not loaded.
+    """What a checkpoint holds, on the CPU: tensors and plain values; a pickle of anything else is not loaded. Of a
+    sharded one, which is a folder, all but the shards.
 
     Raises:
         UserError: there is no such file, or it is damaged, or not a checkpoint.
     """
-    if not Path(path).is_file():
+    file = Path(path) / "meta.pt" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
-        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+        checkpoint = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
     except pickle.UnpicklingError as error:  # torch's message advises to load it anyway
         raise UserError(
             f"cannot load the checkpoint {path}: it is damaged, or holds objects beside tensors and plain values, "
@@ -29,6 +31,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot load the checkpoint {path}: {reason[:200]} (is it cut off?)") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+    if not isinstance(checkpoint, dict) or ("state_dict" not in checkpoint and file == Path(path)):
         raise UserError(f"{path} is not a checkpoint of a run: it holds no state_dict")
     return checkpoint

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 import toy_world
 from faults.wrong_inputs import ROWS, World
 from transformers import AutoTokenizer
@@ -90,8 +91,6 @@ def test_there_are_forty_rows_of_every_kind():
 
 def test_the_payload_would_work(world):
     """What the rows about pickles rely on: loaded without care, the payload leaves its mark."""
-    import torch
-
     flag = ROWS["checkpoint: a pickle payload"].arguments(world)[-1]
     torch.load(flag.removeprefix("--ckpt_path="), weights_only=False)
     assert (world.folder / "executed").exists()
@@ -127,3 +126,13 @@ def test_a_finished_run_is_not_written_over(toy_fit, tmp_path, capsys):
 def test_no_command_shows_the_usage(capsys):
     assert main([]) == 2
     assert "usage" in capsys.readouterr().out
+
+
+def test_out_of_memory_says_what_to_lower(world, capsys, monkeypatch):
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
+
+    monkeypatch.setattr("elastic_lightning.policies.causal.CausalLM.start", full)  # where a rollout begins
+    assert main(world.fit()) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: CUDA out of memory") and "micro_batch_size" in line
