@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -89,22 +90,21 @@ class World:
         damage(path)
         return self.fit(f"--model.init_args.policy.path={path}", *arguments)
 
-    def checkpoint(self, content: Any) -> str:
-        path = self.folder / "wrong.ckpt"
-        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-        return f"--ckpt_path={path}"
+    def checkpoint(self, content: Any, share: float = 1.0) -> str:
+        """A file of these bytes, or of what torch saves of anything else; or the first share of it."""
+        if isinstance(content, bytes):
+            return str(self.file("wrong.ckpt", content))
+        torch.save(content, self.folder / "wrong.ckpt")
+        truncate(self.folder / "wrong.ckpt", share)
+        return str(self.folder / "wrong.ckpt")
 
-    def another_model(self) -> dict[str, Any]:
-        """What Lightning looks for in a checkpoint, with weights of something else."""
-        state = {"actor.lm.model.transformer.wte.weight": torch.zeros(3, 3)}
-        loops = {"callbacks": {}, "optimizer_states": [], "lr_schedulers": [], "loops": {}, "epoch": 0}
-        return {
-            "state_dict": state,
-            "pytorch-lightning_version": "2.6.0",
-            "hyper_parameters": {},
-            "global_step": 0,
-            **loops,
-        }
+    def resume(self, content: Any, share: float = 1.0) -> list[str]:
+        """A fit that goes on from such a checkpoint."""
+        return self.fit(f"--ckpt_path={self.checkpoint(content, share)}")
+
+    @property
+    def payload(self) -> Payload:
+        return Payload(self.folder / "executed")
 
     def generate(self, *arguments: str, model: str | None = None) -> list[str]:
         return ["generate", f"--model={model or self.toy / 'policy'}", "--max_new_tokens=3", *arguments]
@@ -119,11 +119,10 @@ class World:
 
     def tokenizer_that_drops(self, word: str) -> str:
         """A tokenizer for which a text of this word alone has no tokens."""
+        from tokenizers.normalizers import Replace
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self.toy / "tokenizer")
-        from tokenizers.normalizers import Replace
-
         tokenizer.backend_tokenizer.normalizer = Replace(word, "")
         tokenizer.save_pretrained(self.folder / "tokenizer")
         return str(self.folder / "tokenizer")
@@ -135,6 +134,12 @@ class World:
         tokenizer.add_tokens([f"unheard{number}" for number in range(5)])
         tokenizer.save_pretrained(self.folder / "tokenizer")
         return str(self.folder / "tokenizer")
+
+    def reward_with(self, tokenizer: str) -> Path:
+        """A copy of the reward with another tokenizer."""
+        shutil.copytree(self.toy / "reward", self.folder / "reward")
+        shutil.copy(f"{tokenizer}/tokenizer.json", self.folder / "reward")
+        return self.folder / "reward"
 
     def pipeline(self, content: str) -> list[str]:
         return ["pipeline", str(self.file("pipeline.yaml", content))]
@@ -154,6 +159,13 @@ def lines(rows: list[dict[str, Any]]) -> str:
 def truncate(path: Path, share: float = 0.6) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
+
+
+def another_model(**more: Any) -> dict[str, Any]:
+    """What Lightning looks for in a checkpoint, with weights of something else."""
+    state = {"actor.lm.model.transformer.wte.weight": torch.zeros(3, 3)}
+    loops = {"callbacks": {}, "optimizer_states": [], "lr_schedulers": [], "loops": {}, "epoch": 0, "global_step": 0}
+    return {"state_dict": state, "pytorch-lightning_version": "2.6.0", "hyper_parameters": {}, **loops, **more}
 
 
 def one_stage(**fields: Any) -> str:
@@ -321,13 +333,7 @@ MODELS = {
         lambda w: w.fit(f"--model.init_args.policy.tokenizer={w.larger_tokenizer()}"), "tokens", "vocabulary"
     ),
     "a vocabulary that does not fit the reward": row(
-        lambda w: (
-            (
-                shutil.copytree(w.toy / "reward", w.folder / "reward"),
-                shutil.copy(f"{w.larger_tokenizer()}/tokenizer.json", w.folder / "reward"),
-            )
-            and w.fit(f"--model.init_args.reward.init_args.path={w.folder}/reward")
-        ),
+        lambda w: w.fit(f"--model.init_args.reward.init_args.path={w.reward_with(w.larger_tokenizer())}"),
         "tokens",
         "vocabulary",
     ),
@@ -369,31 +375,19 @@ MODELS = {
 
 CHECKPOINTS = {
     "missing": row(lambda w: w.fit("--ckpt_path=nowhere.ckpt"), "no checkpoint at nowhere.ckpt"),
-    "a pickle payload": row(
-        lambda w: w.fit(w.checkpoint(w.another_model() | {"payload": Payload(w.folder / "executed")})), "never loaded"
-    ),
-    "a bare pickle payload": row(
-        lambda w: w.fit(w.checkpoint(__import__("pickle").dumps(Payload(w.folder / "executed")))), "wrong.ckpt"
-    ),
+    "a pickle payload": row(lambda w: w.resume(another_model(payload=w.payload)), "wrong.ckpt", "never loaded"),
+    "a bare pickle payload": row(lambda w: w.resume(pickle.dumps(w.payload)), "wrong.ckpt", "never loaded"),
     "a pickle payload to generate from": row(
-        lambda w: w.generate("--prompt=a", model=w.checkpoint({"payload": Payload(w.folder / "executed")})[12:]),
-        "wrong.ckpt",
+        lambda w: w.generate("--prompt=a", model=w.checkpoint({"payload": w.payload})), "wrong.ckpt", "never loaded"
     ),
-    "truncated": row(
-        lambda w: (
-            w.fit(w.checkpoint(w.another_model()))
-            if truncate(Path(w.checkpoint(w.another_model())[12:]))
-            else w.fit(f"--ckpt_path={w.folder}/wrong.ckpt")
-        ),
-        "wrong.ckpt",
-    ),
-    "a text file": row(lambda w: w.fit(w.checkpoint(b"hello")), "wrong.ckpt"),
-    "an empty file": row(lambda w: w.fit(w.checkpoint(b"")), "wrong.ckpt"),
+    "truncated": row(lambda w: w.resume(another_model(), share=0.6), "wrong.ckpt", "cut off"),
+    "a text file": row(lambda w: w.resume(b"hello"), "wrong.ckpt", "damaged"),
+    "an empty file": row(lambda w: w.resume(b""), "wrong.ckpt"),
     "a folder": row(lambda w: w.fit(f"--ckpt_path={w.folder}"), "no checkpoint at"),
-    "not a mapping": row(lambda w: w.fit(w.checkpoint([1, 2])), "wrong.ckpt"),
-    "of another model": row(lambda w: w.fit(w.checkpoint(w.another_model())), "another model"),
+    "not a mapping": row(lambda w: w.resume([1, 2]), "wrong.ckpt", "not a checkpoint"),
+    "of another model": row(lambda w: w.resume(another_model()), "another model"),
     "of nothing to generate from": row(
-        lambda w: w.generate("--prompt=a", model=w.checkpoint({"state_dict": {}})[12:]), "wrong.ckpt", "policy"
+        lambda w: w.generate("--prompt=a", model=w.checkpoint({"state_dict": {}})), "wrong.ckpt", "policy"
     ),
 }
 
