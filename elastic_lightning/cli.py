@@ -117,18 +117,23 @@ def _user_mistake(error: Exception, argv: list[str]) -> str | None:
     while cause is not None:  # a parser wraps what a constructor raises
         if isinstance(cause, UserError):
             return str(cause)
+        if "torch" in sys.modules and (line := _out_of_memory(cause)):
+            return line
         cause = cause.__cause__ or cause.__context__
     if type(error).__name__ == "ArgumentError":
         fields = [argument for argument in argv if argument.startswith("--trainer.callbacks.")]
         return _condense(str(error)) + (CALLBACK_FIELDS if fields else "")
-    if "torch" in sys.modules:
-        from elastic_lightning.policies.portions import first_line, out_of_memory
-
-        if out_of_memory(error):
-            return f"{first_line(error)} (lower ppo.micro_batch_size, data's batch_size or sampling.max_new_tokens)"
     if type(error).__name__ == "MisconfigurationException":
         return " ".join(str(error).split())
     return None
+
+
+def _out_of_memory(error: BaseException) -> str | None:
+    from elastic_lightning.policies.portions import first_line, out_of_memory
+
+    if not out_of_memory(error):
+        return None
+    return f"{first_line(error)} (lower ppo.micro_batch_size, data's batch_size or sampling.max_new_tokens)"
 
 
 def _condense(message: str) -> str:

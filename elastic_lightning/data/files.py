@@ -79,11 +79,16 @@ def _read(file: Path) -> Dataset:
     kind = _kind(file)
     if kind is None:
         raise UserError(f"cannot read {file}: give .jsonl, .csv (both also .gz) or .parquet")
+    log = datasets.utils.logging
+    level = log.get_verbosity()
     try:
+        log.set_verbosity(log.CRITICAL)  # it prints the traceback of what it raises
         data = datasets.load_dataset(kind, data_files=str(file), split="train")
     except Exception as error:
         cause = f"{error.__cause__ or error}".strip().split("\n")[0][:200] or type(error).__name__
         raise UserError(f"cannot read {file} as {kind}: {cause}; is it empty or damaged?") from error
+    finally:
+        log.set_verbosity(level)
     if len(data) == 0:
         raise UserError(f"{file} holds no rows")
     return data

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from elastic_lightning.data.parallel import read_lines
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import (
     ActorCritic,
@@ -62,7 +63,8 @@ def main(argv: list[str]) -> int:
     _check(arguments)
     if not arguments.prompt and not arguments.prompts_file:
         raise UserError("no prompts: give --prompt TEXT (as often as you like) or --prompts_file FILE, one a line")
-    prompts = arguments.prompt + (_read_lines(arguments.prompts_file) if arguments.prompts_file else [])
+    file = arguments.prompts_file
+    prompts = arguments.prompt + ([line for line in read_lines(Path(file)) if line.strip()] if file else [])
     sampling = Sampling(
         arguments.max_new_tokens, arguments.min_new_tokens, arguments.temperature, arguments.top_k, arguments.top_p
     )
@@ -130,14 +132,6 @@ def _encode(policy: ActorCritic, tokenizer: PreTrainedTokenizerBase, texts: list
         raise UserError(f"the prompt {empty[0]!r} has no tokens")
     device = next(policy.parameters()).device
     return Prompts(tokens.to(device), mask.to(device))
-
-
-def _read_lines(path: str) -> list[str]:
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompts in {path}: {error}") from error
-    return [line for line in lines if line.strip()]
 
 
 def _parser() -> argparse.ArgumentParser:

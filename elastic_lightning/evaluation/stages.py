@@ -125,7 +125,10 @@ def read_yaml(file: Path) -> Any:
         raise UserError(f"no such pipeline file: {file}")
     try:
         return yaml.load(file.read_text(encoding="utf-8"), UniqueKeys)  # a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{file}, line {line}: this is not UTF-8; convert the file") from error
+    except yaml.YAMLError as error:
         raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
 
 

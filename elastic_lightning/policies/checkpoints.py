@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
-        checkpoint = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+        checkpoint = torch.load(file, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:  # torch's message advises to load it anyway
         raise UserError(
-            f"cannot load the checkpoint {path}: it is damaged, or holds objects beside tensors and plain values, "
-            "which are never loaded, as they can run any code"
+            f"cannot load the checkpoint {path}: it is damaged or cut off, or holds objects beside tensors and "
+            "plain values, which are never loaded, as they can run any code"
         ) from error
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

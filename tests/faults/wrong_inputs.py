@@ -250,7 +250,7 @@ CONFIGS = {
     "a decay of 1.5": row(lambda w: w.fit(callback(decay=1.5)), "decay", "got 1.5"),
     "half a callback": row(lambda w: w.fit("--trainer.callbacks.every=3"), "callbacks"),
     "a precision that is none": row(lambda w: w.fit("--trainer.precision=24"), "precision", "24"),
-    "an accelerator that is not here": row(lambda w: w.fit("--trainer.accelerator=tpu"), "tpu"),
+    "an accelerator that is not here": row(lambda w: w.fit("--trainer.accelerator=tpu"), "torch_xla"),
     "a seed below 0": row(lambda w: w.fit("--seed_everything=-5"), "seed", "-5"),
 }
 
@@ -285,6 +285,7 @@ DATA = {
         lambda w: w.rows(
             [{"text": "zzz zzz zzz the film was good", "label": 1}] * 80,
             f"--model.init_args.policy.tokenizer={w.tokenizer_that_drops('zzz')}",
+            "--data.init_args.block_size=8",
         ),
         "prompt of no tokens",
     ),
