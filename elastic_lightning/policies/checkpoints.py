@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"no checkpoint at {path}")
     try:
         checkpoint = torch.load(file, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:  # torch's message advises to load it anyway
+    except Exception as error:  # torch raises many kinds; and its message on pickles advises to load them anyway
         raise UserError(
-            f"cannot load the checkpoint {path}: it is damaged or cut off, or holds objects beside tensors and "
-            "plain values, which are never loaded, as they can run any code"
+            f"cannot load the checkpoint {path} ({type(error).__name__}): it is damaged or cut off, or holds objects "
+            "beside tensors and plain values, which are never loaded, as they can run any code"
         ) from error
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot load the checkpoint {path}: {reason[:200]} (is it cut off?)") from error
     if not isinstance(checkpoint, dict) or ("state_dict" not in checkpoint and file == Path(path)):
         raise UserError(f"{path} is not a checkpoint of a run: it holds no state_dict")
     return checkpoint
