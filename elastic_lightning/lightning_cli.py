@@ -89,7 +89,8 @@ class ElasticCLI(LightningCLI):
     def fit(self, **arguments: Any) -> None:
         folder = Path(self.trainer.log_dir) if self.trainer.log_dir and not self.trainer.fast_dev_run else None
         resuming = arguments.get("ckpt_path") is not None
-        if folder and not resuming and any(folder.glob("events.out.tfevents.*")):
+        first = self.trainer.is_global_zero  # which may have begun to write when another rank comes here
+        if first and folder and not resuming and any(folder.glob("events.out.tfevents.*")):
             raise UserError(
                 f"{folder} already holds a run: remove it, choose another trainer.logger.init_args.version, "
                 "or resume with --ckpt_path"
@@ -106,8 +107,9 @@ class ElasticCLI(LightningCLI):
 
     def after_test(self) -> None:
         values = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-        if self.trainer.is_global_zero and self.trainer.log_dir:
-            path = Path(self.trainer.log_dir) / "test.json"
+        folder = self.trainer.log_dir  # asked for on every rank: the first one tells the others
+        if self.trainer.is_global_zero and folder:
+            path = Path(folder) / "test.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
             print(f"wrote {path}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from torchmetrics import Metric
 from elastic_lightning.algorithms.execution import Execution
 from elastic_lightning.algorithms.memory import keep_memory_of_fit, weights_cast_once
 from elastic_lightning.algorithms.policy_metrics import PolicyMetrics
+from elastic_lightning.algorithms.ranks import any_rank, rows_of_ranks
+from elastic_lightning.algorithms.strategies import check_sharding, check_strategy, layer_dtype, load_sharded_optimizer
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import (
     ActorCritic,
@@ -43,6 +46,7 @@ from elastic_lightning.policies.loading import disable_dropout
 from elastic_lightning.policies.portions import Portions
 from elastic_lightning.policies.reference import ReferenceKind
 from elastic_lightning.policies.saving import save_model
+from elastic_lightning.policies.sharding import check_apart, filled, full, gathered, models_of, shard, skeleton
 from elastic_lightning.rewards import Reward, Scores, score
 
 VALIDATION_LOGITS = 2**24  # of policy and initial policy each that stand in memory at a time
@@ -101,7 +105,9 @@ class PolicyModule(LightningModule):
         self.policy_metrics = PolicyMetrics(metrics)
         self.sampling_seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.ppo_step = 0
-        self._rows_drawn = 0  # of this evaluation, on this rank
+        self._sharded: dict[str, torch.nn.Module] = {}  # what is sharded, by name; frozen and trained
+        self._skeletons: dict[str, torch.nn.Module] = {}  # of what is sharded, without weights; no part of the module
+        self._rows_drawn = 0  # of this evaluation, on all ranks
         self.strict_loading = False  # frozen weights stay out of checkpoints; on_load_checkpoint checks the rest
         if policy.dtype != "float32" and policy.lora is None:
             rank_zero_warn(
@@ -122,8 +128,14 @@ class PolicyModule(LightningModule):
 
     def save_pretrained(self, folder: str | Path, adapter: str = "merged") -> None:
         """Write a folder that transformers loads: policy and tokenizer, and the value head in a file of its own."""
-        save_model(self.actor.lm.model, self.tokenizer, folder, adapter)
-        head = {name: tensor.detach().cpu().contiguous() for name, tensor in self.actor.value_head.state_dict().items()}
+        model, first = self.actor.lm.model, self.global_rank == 0
+        if self._sharded:  # every rank is asked here, as each holds a part
+            model = filled(self._skeletons["policy"], model, keep=first)
+        head = {name: full(tensor.detach()) for name, tensor in self.actor.value_head.state_dict().items()}
+        if self._sharded and not first:
+            return
+        save_model(model, self.tokenizer, folder, adapter)
+        head = {name: tensor.cpu().contiguous() for name, tensor in head.items()}
         save_file(head, Path(folder) / "value_head.safetensors")
 
     # Sampling and scoring ---------------------------------------------------------------------------------------
@@ -137,6 +149,8 @@ class PolicyModule(LightningModule):
         lm = self.actor.lm if lm is None else lm
         ends = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         columns = GraphSampler.capacity(prompts.tokens.shape[1], self.sampling)
+        if self._sharded:  # every decode step of a rank gathers each layer from all: they stop together
+            return sample(self.actor, prompts, self.sampling, uniforms, *ends, lm, going_on=any_rank)
         if self.device.type != "cuda" or not self.execution.cuda_graphs or not lm.takes_static_masks(columns):
             with weights_cast_once(self.device.type):
                 return sample(self.actor, prompts, self.sampling, uniforms, *ends, lm)
@@ -196,7 +210,7 @@ class PolicyModule(LightningModule):
 
     def reference_logprobs(self, prompts: Prompts, responses: Responses, trunk: Tensor | None = None) -> Tensor:
         """Log-probabilities [B, T] of the responses under theta_0, at the sampling temperature."""
-        with torch.inference_mode():
+        with torch.inference_mode(not self._sharded):  # what is gathered in inference mode could not be trained
             parts = self._in_portions(
                 lambda *part: self.reference.logprobs(*part[:2], self.sampling.temperature, trunk=part[2]),
                 prompts,
@@ -226,6 +240,10 @@ class PolicyModule(LightningModule):
         self, batch: Prompts | PairedTexts | Tensor, batch_idx: int, dataloader_idx: int = 0
     ) -> list[dict[str, Any]] | None:
         """Measure one batch; returns the rows of `predict_step` for prompts."""
+        with self.gathered():
+            return self._measure(batch)
+
+    def _measure(self, batch: Prompts | PairedTexts | Tensor) -> list[dict[str, Any]] | None:
         if isinstance(batch, Tensor):
             self.policy_metrics.update_human(-self.actor.lm.next_token_statistics(batch).logprobs)
             return None
@@ -277,8 +295,9 @@ class PolicyModule(LightningModule):
     def predict_step(self, batch: Prompts, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Prompt, response, reward and its components of each row, as plain values."""
         prompts = self.prompts(batch)
-        rollout = self.sample(prompts, VALIDATION_STEP, self._first_row(prompts))
-        texts, scores = self.score(batch, rollout.responses)
+        with self.gathered():
+            rollout = self.sample(prompts, VALIDATION_STEP, self._first_row(prompts))
+            texts, scores = self.score(batch, rollout.responses)
         return _as_dicts(texts, scores)
 
     def on_validation_epoch_start(self) -> None:
@@ -292,8 +311,14 @@ class PolicyModule(LightningModule):
 
     def _first_row(self, prompts: Prompts) -> int:
         """Global row of a batch's first prompt. Counted, for the last batch may be smaller than those before."""
-        first = self._rows_drawn * self.trainer.world_size + self.global_rank * len(prompts.tokens)
-        self._rows_drawn += len(prompts.tokens)
+        rows = rows_of_ranks(len(prompts.tokens))
+        if self._sharded and len(set(rows)) > 1:  # every rank must run every layer equally often
+            raise UserError(
+                f"a batch of {sum(rows)} prompts over {len(rows)} processes: where weights are sharded the number of "
+                "prompts (data's eval_prompts) must be a multiple of the processes"
+            )
+        first = self._rows_drawn + sum(rows[: self.global_rank])
+        self._rows_drawn += sum(rows)
         return first
 
     # Logging on the ppo_step axis -------------------------------------------------------------------------------
@@ -306,7 +331,32 @@ class PolicyModule(LightningModule):
 
     # Checks and checkpoints -------------------------------------------------------------------------------------
 
+    def configure_model(self) -> None:
+        """Shard policy, reference and reward model, where the strategy is Lightning's `ModelParallelStrategy`."""
+        if self.device_mesh is None or self._sharded:
+            return
+        check_sharding(self.trainer, self.execution)
+        roots = {"policy": self.actor}
+        roots |= {"reference": self.reference} if isinstance(self.reference, torch.nn.Module) else {}
+        roots |= {"initial": self.initial} if self.initial is not self.reference else {}
+        rewards = models_of(self.reward)
+        check_apart(roots)
+        self._skeletons["policy"] = skeleton(self.actor.lm.model)
+        for root in (*roots.values(), *rewards):
+            shard(root, self.device_mesh["data_parallel"], layer_dtype(self.trainer))
+        self._sharded = roots
+        self.portions.fixed = True
+        for module in self.reward.modules() if isinstance(self.reward, torch.nn.Module) else ():
+            if isinstance(getattr(module, "portions", None), Portions):
+                module.portions.fixed = True
+        self.register_state_dict_post_hook(_keep_trained)  # before what is frozen would be gathered for a checkpoint
+
+    def gathered(self) -> AbstractContextManager:
+        """Within this context, which records no gradient, parts of a sharded policy and its reference can be called."""
+        return gathered(*self._sharded.values())
+
     def setup(self, stage: str) -> None:
+        check_strategy(self.trainer)
         keep_memory_of_fit(self.trainer, stage)
         moved = any(getattr(callback, "moves_reference", False) for callback in self.trainer.callbacks)
         if moved and self.initial is self.reference:  # once: a later fit or validate finds the reference moved
@@ -329,6 +379,11 @@ class PolicyModule(LightningModule):
         checkpoint["ppo_step"] = self.ppo_step
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._sharded:  # the strategy has taken the weights, and checked their names and shapes
+            for optimizer, state in zip(self.trainer.optimizers, checkpoint.get("optimizer_states", []), strict=True):
+                load_sharded_optimizer(optimizer, state)
+            self._restore_counters(checkpoint)
+            return
         saved, own = checkpoint["state_dict"], self.state_dict()
         expected = self._checkpointed_names()
         missing, unexpected = sorted(expected - set(saved)), sorted(set(saved) - expected)
@@ -339,16 +394,17 @@ class PolicyModule(LightningModule):
                 f"the checkpoint is of another model: {len(missing)} weights missing, {len(unexpected)} unexpected, "
                 f"{len(shapes)} of another shape (e.g. {example}); use the config it was trained with"
             )
+        self._restore_counters(checkpoint)
+
+    def _restore_counters(self, checkpoint: dict[str, Any]) -> None:
         if "ppo_step" not in checkpoint:
             raise UserError("the checkpoint is not of a policy trained here: it holds no ppo_step")
         self.ppo_step = checkpoint["ppo_step"]
 
     def _checkpointed_names(self) -> set[str]:
-        own = {name: value for name, value in self.state_dict().items() if name.split(".")[0] in self.trained_modules}
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        # A tied output layer is one parameter under two names.
-        pointers = {own[name].data_ptr() for name in trained & own.keys()}
-        return {name for name, value in own.items() if value.data_ptr() in pointers}
+        named = self.named_parameters(remove_duplicate=False)  # a tied output layer is one under two names
+        trained = {name for name, parameter in named if parameter.requires_grad}
+        return {name for name in trained if name.split(".")[0] in self.trained_modules}
 
     def save_plain_hyperparameters(self, ignore: list[str]) -> None:
         """`save_hyperparameters`, with dataclasses as dicts: a checkpoint must load with ``weights_only=True``."""
@@ -360,6 +416,13 @@ class PolicyModule(LightningModule):
 
 def _trained(lm: PolicyLM) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in lm.named_parameters() if parameter.requires_grad}
+
+
+def _keep_trained(module: PolicyModule, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """A hook of `state_dict`: leave out what a checkpoint does not keep."""
+    kept = {prefix + name for name in module._checkpointed_names()}
+    for name in [name for name in state if name not in kept]:
+        del state[name]
 
 
 def _rows(rows: slice, prompts: Prompts, responses: Responses) -> tuple[Prompts, Responses]:

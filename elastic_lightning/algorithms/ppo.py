@@ -27,6 +27,7 @@ from elastic_lightning.algorithms.hyperparameters import from_plain
 from elastic_lightning.algorithms.minibatch import Lengths, MiniBatch, micro_batches
 from elastic_lightning.algorithms.policy_module import PolicyModule
 from elastic_lightning.algorithms.ppo_config import PPOConfig
+from elastic_lightning.algorithms.ranks import ScoredBatch, any_rank, rows_of_ranks, several
 from elastic_lightning.algorithms.schedules import schedule_factor
 from elastic_lightning.algorithms.supervised import can_fuse
 from elastic_lightning.errors import NotFinite, UserError
@@ -43,6 +44,7 @@ from elastic_lightning.policies import (
     ended,
 )
 from elastic_lightning.policies.reference import ReferenceKind
+from elastic_lightning.policies.sharding import full
 from elastic_lightning.rewards import Reward, Scores
 
 FIRST_RATIO_TOLERANCE = 0.05
@@ -112,36 +114,41 @@ class PPO(PolicyModule):
         """One PPO batch, from prompts to the log. NotFinite, on all ranks alike, says that it teaches nothing."""
         prompts = self.prompts(batch)
         self._check_prompts(prompts)
-        with self._timed("rollout"):
-            decoded = self.rollout(prompts, self.ppo_step, self.global_rank * len(prompts.tokens))
-        with self._timed("scoring"):
+        with self.gathered(), self._timed("rollout"):
+            first_row = sum(rows_of_ranks(len(prompts.tokens))[: self.global_rank])
+            decoded = self.rollout(prompts, self.ppo_step, first_row)
+        with self.gathered(), self._timed("scoring"):
             texts, scores = self._score_alike(batch, decoded.responses)
             trunk = self.trunk_hidden(prompts, decoded.responses)
             rollout = self.recompute(prompts, decoded, trunk)
+            recomputed = rollout is not decoded
             reference_logprobs = self.reference_logprobs(prompts, rollout.responses, trunk)
-        recomputed = rollout is not decoded
-        rollout = self._left_out(rollout, scores)
-        shaped = shape_scores(scores.total, rollout, self.config, self.tokenizer.eos_token_id)
+            rollout, scores = self._left_out(rollout, scores)
+            scored = ScoredBatch(prompts, rollout, scores, reference_logprobs, trunk, self.pairs(batch, texts))
+            if several():
+                scored = scored.of_all_ranks()
+        shaped = shape_scores(scored.scores.total, scored.rollout, self.config, self.tokenizer.eos_token_id)
         coefficient = self.kl_controller.coefficient
-        experience = make_experience(
-            rollout, shaped, reference_logprobs, coefficient, self.config, self._sum_over_ranks
-        )
+        experience = make_experience(scored.rollout, shaped, scored.reference_logprobs, coefficient, self.config)
         with self._timed("update"):
-            losses = self.update(MiniBatch(prompts, rollout, experience, trunk, self.pairs(batch, texts)))
+            losses = self.update(MiniBatch(scored.prompts, scored.rollout, experience, scored.trunk, scored.pairs))
         if recomputed:
-            losses["rollout_ratio_deviation"] = _ratio_deviation(
-                rollout.logprobs - decoded.logprobs, rollout.mask
-            ).item()
+            deviation = _ratio_deviation(rollout.logprobs - decoded.logprobs, rollout.mask)
+            losses["rollout_ratio_deviation"] = self._max_over_ranks(deviation).item()
         self.ppo_step += 1
-        self._log_batch(rollout, scores, reference_logprobs, experience, losses)
+        self._log_batch(scored, experience, losses)
 
     def update(self, batch: MiniBatch) -> dict[str, float]:
-        """Epochs of mini-batches over one PPO batch; returns what was measured on the way, averaged."""
+        """Epochs of mini-batches over one PPO batch, that of all ranks; returns what was measured on the way, averaged.
+
+        A mini-batch is the same on any number of ranks; each takes its share of the rows.
+        """
         measured: dict[str, list[Tensor]] = defaultdict(list)
         lengths = Lengths.of(batch)
         for epoch in range(self.config.epochs):
             for rows in self._permutation(len(batch.prompts.tokens), epoch).tensor_split(self.config.mini_batches):
-                parts = list(micro_batches(batch, rows, lengths, self.config.micro_batch_size))
+                own = lengths.order(rows)[self.global_rank :: self.trainer.world_size]  # of like length on every rank
+                parts = list(micro_batches(batch, own, lengths, self.config.micro_batch_size))
                 statistics = self._accumulate_gradient(parts)
                 for name, value in statistics.items():
                     measured[name].append(value)
@@ -174,8 +181,9 @@ class PPO(PolicyModule):
                 else:
                     statistics[name] = statistics[name] + value
         maximum = statistics.pop("ratio_deviation")
-        means = {name: self._sum_over_ranks(value) for name, value in (statistics | beside).items()}
-        return means | {"ratio_deviation": maximum}
+        named = statistics | beside
+        sums = self._sum_over_ranks(torch.stack([*named.values()])).unbind()
+        return dict(zip(named, sums, strict=True)) | {"ratio_deviation": self._max_over_ranks(maximum)}
 
     def _gradient_beside(self) -> dict[str, Tensor]:
         """Backward of losses that do not read the rollout, and this rank's share of their values; none here."""
@@ -281,7 +289,8 @@ class PPO(PolicyModule):
 
     def _measure_gradient(self) -> None:
         parameters = [parameter for group in self.optimizers().param_groups for parameter in group["params"]]
-        self.grad_norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        self.grad_norm = full(norm)
 
     @property
     def _scaled(self) -> bool:
@@ -296,9 +305,15 @@ class PPO(PolicyModule):
     # Ranks ------------------------------------------------------------------------------------------------------
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        return self._reduce(value, "sum")
+
+    def _max_over_ranks(self, value: Tensor) -> Tensor:
+        return self._reduce(value, "max")
+
+    def _reduce(self, value: Tensor, how: str) -> Tensor:
         if self.trainer.world_size == 1:
             return value
-        return self.trainer.strategy.reduce(value.clone(), reduce_op="sum")
+        return self.trainer.strategy.reduce(value.clone(), reduce_op=how)
 
     def _no_gradient_sync(self):
         block = getattr(self.trainer.strategy, "block_backward_sync", None)
@@ -313,20 +328,19 @@ class PPO(PolicyModule):
             scored = self.score(batch, responses)
         except NotFinite as error:
             fault = error
-        if self.trainer.world_size > 1:
-            bad = self._sum_over_ranks(torch.tensor(float(fault is not None), device=self.device))
-            if fault is None and bad > 0:
-                fault = NotFinite("reward", "on another rank")
+        if any_rank(torch.tensor([fault is not None], device=self.device)) and fault is None:
+            fault = NotFinite("reward", "on another rank")
         if fault is not None:
             raise fault
         return scored
 
-    def _left_out(self, rollout: Rollout, scores: Scores) -> Rollout:
+    def _left_out(self, rollout: Rollout, scores: Scores) -> tuple[Rollout, Scores]:
         """The rollout in which responses without a score have no valid token, so that nothing is learned from them."""
         if scores.valid is None:
-            return rollout
+            return rollout, scores
         mask = rollout.mask & scores.valid[:, None]
-        return Rollout(rollout.tokens, mask, *(part.masked_fill(~mask, 0) for part in rollout[2:]))
+        left = Rollout(rollout.tokens, mask, *(part.masked_fill(~mask, 0) for part in rollout[2:]))
+        return left, scores._replace(valid=None)
 
     def _check_finite(self, statistics: dict[str, Tensor]) -> None:
         """Raise NotFinite, on all ranks alike, where losses or gradient are not: before the step is taken."""
@@ -378,21 +392,11 @@ class PPO(PolicyModule):
             )
         return summary
 
-    def _log_batch(
-        self,
-        rollout: Rollout,
-        scores: Scores,
-        reference_logprobs: Tensor,
-        experience: Experience,
-        losses: dict[str, float],
-    ) -> None:
-        """Log everything of one PPO batch at its ppo_step, and move the KL controller.
-
-        Means are over all ranks; the explained variance and the first ratio's deviation are this rank's.
-        """
-        mask = rollout.mask
-        k1 = kl_k1(rollout.logprobs, reference_logprobs).masked_fill(~mask, 0)
-        k3 = kl_k3(rollout.logprobs, reference_logprobs).masked_fill(~mask, 0)
+    def _log_batch(self, scored: ScoredBatch, experience: Experience, losses: dict[str, float]) -> None:
+        """Log everything of one PPO batch, that of all ranks, at its ppo_step, and move the KL controller."""
+        rollout, scores, mask = scored.rollout, scored.scores, scored.rollout.mask
+        k1 = kl_k1(rollout.logprobs, scored.reference_logprobs).masked_fill(~mask, 0)
+        k3 = kl_k3(rollout.logprobs, scored.reference_logprobs).masked_fill(~mask, 0)
         sums = {
             "rows": mask.any(dim=1).sum(),
             "left_out": (~mask.any(dim=1)).sum(),
@@ -406,7 +410,7 @@ class PPO(PolicyModule):
             **{f"reward_{name}": part.sum() for name, part in scores.components.items()},
         }
         packed = torch.stack([value.to(self.device, torch.float64) for value in sums.values()])
-        total = dict(zip(sums, self._sum_over_ranks(packed).tolist(), strict=True))
+        total = dict(zip(sums, packed.tolist(), strict=True))
         rows, tokens = total["rows"], total["tokens"]
         mean = total["reward"] / rows
         kl = total["k1"] / rows

@@ -44,8 +44,10 @@ class EpochSampler(Sampler[int]):
             order = list(range(self.size))
         step = self.batch_size * self.world_size
         end = self.size - self.size % step if self.shuffle else self.size
-        for start in range(self.rank * self.batch_size, end, step):
-            yield from order[start : min(start + self.batch_size, end)]
+        for start in range(0, end, step):
+            rows = min(step, end - start)  # the last batch is as even as it can be
+            first, beyond = (start + rows * rank // self.world_size for rank in (self.rank, self.rank + 1))
+            yield from order[first:beyond]
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -108,7 +110,7 @@ class LengthSampler(Sampler[list[int]]):
         order = order[self.lengths[order].argsort(stable=True)]
         starts = [0, *self.ends[:-1]]
         for batch in torch.randperm(len(self.ends), generator=generator).tolist():
-            share = order[starts[batch] : self.ends[batch]][self.rank :: self.world_size]
+            share = order[starts[batch] : self.ends[batch]].tensor_split(self.world_size)[self.rank]
             yield self.rows[share].tolist()
 
     def __len__(self) -> int:
@@ -137,6 +139,14 @@ class EndlessSampler(Sampler[list[int]]):
         for cycle in itertools.count():
             self.epochs.set_epoch(self.epoch + cycle * CYCLE)
             yield from self.epochs
+
+
+def even_batch_size(rows: int, batch_size: int, world_size: int) -> int:
+    """The batch size of one rank, raised until the rows that are left for the last batch suffice for every rank: then
+    all have as many batches. At most all rows in one batch, of which there must be as many as ranks."""
+    while 0 < rows % (batch_size * world_size) < world_size <= rows:
+        batch_size += 1
+    return batch_size
 
 
 def sorted_in_batches(lengths: Sequence[int], batch_size: int, seed: int) -> list[int]:

@@ -21,10 +21,14 @@ class Portions:
     Args:
         size: rows at a time; all by default.
         what: is done, for the message: "scoring by the classifier".
+
+    Attributes:
+        fixed: out of memory is an error. Processes that share a model must run it equally often: none may halve alone.
     """
 
     def __init__(self, size: int | None, what: str) -> None:
         self.size, self.what = size, what
+        self.fixed = False
 
     def run(self, function: Callable[[slice], T], rows: int) -> list[T]:
         """The results of ``function(slice)`` over all rows, in order.
@@ -41,7 +45,7 @@ class Portions:
                 start += size
                 continue
             except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
+                if self.fixed or not out_of_memory(error):
                     raise
                 if size == 1:
                     raise UserError(f"out of memory in {self.what}, for a single row: {first_line(error)}") from error

@@ -80,11 +80,13 @@ def sample(
     pad_token_id: int,
     lm: PolicyLM | None = None,
     stop: Callable[[Tensor], Tensor] | None = None,
+    going_on: Callable[[Tensor], bool] = torch.any,
 ) -> Rollout:
     """Draw one response a prompt. `uniforms` [B, max_new_tokens] in [0, 1) decide every draw: no hidden generator.
 
     T is the length of the longest response: decoding stops when every row has ended. `lm` is what decodes, the policy's
-    own model by default. `stop` says of tokens [B, t] so far which rows [B] end here, beside those with an end of text.
+    own model by default. `stop` says of tokens [B, t] so far which rows [B] end here, beside those with an end of text;
+    `going_on` says of the rows [B] that have not ended whether to decode on, which processes may decide together.
     """
     lm = policy.lm if lm is None else lm
     state, hidden = lm.start(prompts, sampling.max_new_tokens - 1)
@@ -98,7 +100,7 @@ def sample(
         if stop is not None:
             alive = alive & ~stop(torch.stack([column[0] for column in columns], dim=1))
         can_end = position + 1 >= sampling.min_new_tokens and (eos_token_id is not None or stop is not None)
-        if can_end and not alive.any():
+        if can_end and not going_on(alive):
             break
         if position + 1 < sampling.max_new_tokens:
             hidden = lm.step(state, torch.where(alive, choice.tokens, 0))

@@ -58,6 +58,14 @@ def test_other_errors_pass():
         Portions(None, "a test").run(Small(0, RuntimeError("mat1 and mat2 shapes cannot be multiplied")), 4)
 
 
+def test_a_fixed_size_stays():
+    portions, small = Portions(None, "a test"), Small(4)
+    portions.fixed = True
+    with pytest.raises(torch.OutOfMemoryError):
+        portions.run(small, 16)
+    assert small.sizes == [16]
+
+
 def test_the_allocator_of_this_torch_is_understood():
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**60, dtype=torch.uint8)
