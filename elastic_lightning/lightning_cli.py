@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -17,14 +18,8 @@ from elastic_lightning.callbacks import BatchCheckpoint, Preemption, ResponseWri
 from elastic_lightning.callbacks.preemption import Preempted
 from elastic_lightning.callbacks.run_config import RunConfig
 from elastic_lightning.errors import UserError
-from elastic_lightning.resume import (
-    check_fixed_folder,
-    check_same_run,
-    checkpoint_for,
-    differences,
-    read_checkpoint,
-    resume_line,
-)
+from elastic_lightning.policies.checkpoints import read_checkpoint
+from elastic_lightning.resume import check_fixed_folder, check_same_run, checkpoint_for, differences, resume_line
 
 PACKAGES = (algorithms, callbacks, data, rewards)  # imported so that their classes are known by their short names
 PARTS = ("model", "data", "trainer")  # of a configuration, which a checkpoint keeps
@@ -57,6 +52,9 @@ class ElasticCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = parser.parse_args(args)  # without Lightning's warning that sys.argv is there too
+        seed = self.config[self.config["subcommand"]].get("seed_everything")
+        if type(seed) is int and not 0 <= seed < 2**32:
+            raise UserError(f"seed_everything must be from 0 to {2**32 - 1}, got {seed}")
 
     def _parse_ckpt_path(self) -> None:
         """Lightning lets the checkpoint's hyper-parameters win over explicit ones; here they are only compared."""
@@ -104,12 +102,19 @@ class ElasticCLI(LightningCLI):
             if saves and not any(isinstance(callback, Preemption) for callback in callbacks):
                 extra.append(Preemption())
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": extra}
-        return super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except ModuleNotFoundError as error:
+            raise UserError(f"the trainer needs a package that is not here: {' '.join(str(error).split())}") from error
+        if trainer.log_dir:
+            _check_writable(Path(trainer.log_dir))
+        return trainer
 
     def fit(self, **arguments: Any) -> None:
         folder = Path(self.trainer.log_dir) if self.trainer.log_dir and not self.trainer.fast_dev_run else None
         resuming = arguments.get("ckpt_path") is not None
-        if folder and not resuming and any(folder.glob("events.out.tfevents.*")):
+        first = self.trainer.is_global_zero  # which may have begun to write when another rank comes here
+        if first and folder and not resuming and any(folder.glob("events.out.tfevents.*")):
             raise UserError(
                 f"{folder} already holds a run: remove it, choose another trainer.logger.init_args.version, "
                 "or resume with --ckpt_path"
@@ -132,8 +137,9 @@ class ElasticCLI(LightningCLI):
 
     def after_test(self) -> None:
         values = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-        if self.trainer.is_global_zero and self.trainer.log_dir:
-            path = Path(self.trainer.log_dir) / "test.json"
+        folder = self.trainer.log_dir  # asked for on every rank: the first one tells the others
+        if self.trainer.is_global_zero and folder:
+            path = Path(folder) / "test.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
             print(f"wrote {path}")
@@ -147,3 +153,12 @@ def run_lightning(argv: list[str]) -> None:
         jsonargparse.ArgumentError: the configuration is wrong.
     """
     ElasticCLI(args=argv)
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise a `UserError` where the folder cannot be made or written to."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"cannot write the run to {folder}: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write the run to {folder}: no permission to write in {there}")

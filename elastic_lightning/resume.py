@@ -6,7 +6,6 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import Trainer
 
 from elastic_lightning.errors import UserError
@@ -28,26 +27,6 @@ def last_checkpoint(folder: str | Path) -> Path:
     if not others:
         raise UserError(f"--ckpt_path last: no checkpoint in {checkpoints}; remove {folder} and start without it")
     return (ours or others)[-1]
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint without running any code in it; of a sharded one, all but the shards.
-
-    Raises:
-        UserError: there is no such file, or it is not a whole checkpoint.
-    """
-    file = Path(path)
-    if file.is_dir():
-        file = file / "meta.pt"
-    if not file.is_file():
-        raise UserError(f"no checkpoint at {path}")
-    try:
-        content = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
-    except Exception as error:
-        raise UserError(f"cannot load the checkpoint {path}: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"cannot load the checkpoint {path}: it holds a {type(content).__name__}")
-    return content
 
 
 def differences(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -39,22 +38,20 @@ def make_experience(
     reference_logprobs: Tensor,
     kl_coefficient: float,
     config: PPOConfig,
-    reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Experience:
     """Per-token rewards (KL penalty everywhere, the score [B] at the last token), then GAE, then whitening.
 
-    `reduce` sums a tensor over ranks, so that whitening does not depend on how many there are. Returns use the
-    advantages *before* whitening, as they are targets in units of reward.
+    Returns use the advantages *before* whitening, as they are targets in units of reward.
     """
     penalty = KL_ESTIMATORS[config.kl_estimator](rollout.logprobs, reference_logprobs)
-    rewards = (-kl_coefficient * penalty).masked_fill(~rollout.mask, 0)
-    last = rollout.mask.sum(dim=1) - 1
-    rewards = rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype))
+    rewards = -kl_coefficient * penalty
+    last = (rollout.mask.sum(dim=1) - 1).clamp(min=0)  # a response that is left out has no valid token
+    rewards = rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype)).masked_fill(~rollout.mask, 0)
     if config.whiten_rewards:
-        rewards = whiten(rewards, rollout.mask, shift_mean=False, reduce=reduce)
+        rewards = whiten(rewards, rollout.mask, shift_mean=False)
     advantages, returns = gae(rewards, rollout.values, rollout.mask, config.gamma, config.lam)
     if config.whiten_advantages:
-        advantages = whiten(advantages, rollout.mask, reduce=reduce)
+        advantages = whiten(advantages, rollout.mask)
     return Experience(rewards, advantages, returns)
 
 

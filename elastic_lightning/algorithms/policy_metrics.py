@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from elastic_lightning.algorithms.ranks import sum_of_ranks
 from elastic_lightning.functional import entropy, exact_kl, token_logprobs
 from elastic_lightning.metrics import DistinctN, Mean, SequenceKL, TokenPerplexity
 from elastic_lightning.policies import Responses, Texts
@@ -62,15 +63,16 @@ class PolicyMetrics(nn.Module):
         self.perplexity.update(nll, torch.ones_like(nll, dtype=torch.bool) if mask is None else mask)
 
     def compute_and_reset(self) -> dict[str, float]:
-        """The values of all metrics that saw data; then all start anew."""
+        """The values of all metrics that saw data, on this rank or another; then all start anew."""
         metrics: dict[str, Metric] = {
             name: metric for name, metric in self.named_children() if isinstance(metric, Metric)
         }
         metrics |= {f"distinct_{metric.n}": metric for metric in self.distinct}
         metrics |= {metric.name: metric for metric in self.text_metrics}
+        seen = sum_of_ranks(torch.tensor([int(metric.update_called) for metric in metrics.values()]))
         values = {}
-        for name, metric in metrics.items():
-            if metric.update_called:
+        for (name, metric), ranks in zip(metrics.items(), seen.tolist(), strict=True):
+            if ranks:
                 values[name] = float(metric.compute())
             metric.reset()
         return values

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from elastic_lightning.algorithms.kept_weights import (
 )
 from elastic_lightning.algorithms.memory import keep_memory_of_fit, weights_cast_once
 from elastic_lightning.algorithms.policy_metrics import PolicyMetrics
+from elastic_lightning.algorithms.ranks import any_rank, rows_of_ranks
+from elastic_lightning.algorithms.strategies import check_sharding, check_strategy, layer_dtype, load_sharded_optimizer
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import (
     ActorCritic,
@@ -47,8 +50,10 @@ from elastic_lightning.policies import (
     sample,
 )
 from elastic_lightning.policies.loading import disable_dropout
+from elastic_lightning.policies.portions import Portions
 from elastic_lightning.policies.reference import ReferenceKind
 from elastic_lightning.policies.saving import save_model
+from elastic_lightning.policies.sharding import check_apart, filled, full, gathered, models_of, shard, skeleton
 from elastic_lightning.rewards import Reward, Scores, score
 
 VALIDATION_LOGITS = 2**24  # of policy and initial policy each that stand in memory at a time
@@ -101,6 +106,7 @@ class PolicyModule(LightningModule):
             reward.bind(lm)
         self.sampling = sampling
         self.execution = execution
+        self.portions = Portions(execution.scoring_batch_size, "reading log-probabilities")
         lower = execution.rollout_dtype not in (None, policy.dtype)
         self.rollout_copy = RolloutCopy(lm, getattr(torch, execution.rollout_dtype)) if lower else None
         self._graph_samplers: dict[int, GraphSampler] = {}
@@ -109,8 +115,10 @@ class PolicyModule(LightningModule):
         self.policy_metrics = PolicyMetrics(metrics)
         self.sampling_seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.ppo_step = 0
-        self._rows_drawn = 0  # of this evaluation, on this rank
         self._fingerprints: dict[str, str] | None = None
+        self._sharded: dict[str, torch.nn.Module] = {}  # what is sharded, by name; frozen and trained
+        self._skeletons: dict[str, torch.nn.Module] = {}  # of what is sharded, without weights; no part of the module
+        self._rows_drawn = 0  # of this evaluation, on all ranks
         self.strict_loading = False  # frozen weights stay out of checkpoints; on_load_checkpoint checks the rest
         if policy.dtype != "float32" and policy.lora is None:
             rank_zero_warn(
@@ -131,8 +139,14 @@ class PolicyModule(LightningModule):
 
     def save_pretrained(self, folder: str | Path, adapter: str = "merged") -> None:
         """Write a folder that transformers loads: policy and tokenizer, and the value head in a file of its own."""
-        save_model(self.actor.lm.model, self.tokenizer, folder, adapter)
-        head = {name: tensor.detach().cpu().contiguous() for name, tensor in self.actor.value_head.state_dict().items()}
+        model, first = self.actor.lm.model, self.global_rank == 0
+        if self._sharded:  # every rank is asked here, as each holds a part
+            model = filled(self._skeletons["policy"], model, keep=first)
+        head = {name: full(tensor.detach()) for name, tensor in self.actor.value_head.state_dict().items()}
+        if self._sharded and not first:
+            return
+        save_model(model, self.tokenizer, folder, adapter)
+        head = {name: tensor.cpu().contiguous() for name, tensor in head.items()}
         save_file(head, Path(folder) / "value_head.safetensors")
 
     # Sampling and scoring ---------------------------------------------------------------------------------------
@@ -147,6 +161,8 @@ class PolicyModule(LightningModule):
         lm = self.actor.lm if lm is None else lm
         ends = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         columns = GraphSampler.capacity(prompts.tokens.shape[1], self.sampling)
+        if self._sharded:  # every decode step of a rank gathers each layer from all: they stop together
+            return sample(self.actor, prompts, self.sampling, uniforms, *ends, lm, going_on=any_rank)
         if self.device.type != "cuda" or not self.execution.cuda_graphs or not lm.takes_static_masks(columns):
             with weights_cast_once(self.device.type):
                 return sample(self.actor, prompts, self.sampling, uniforms, *ends, lm, lengths=lengths)
@@ -161,8 +177,9 @@ class PolicyModule(LightningModule):
     def score(self, batch: Any, responses: Responses) -> tuple[Texts, Scores]:
         """Texts of a batch with its responses, and their scores [B], on the module's device."""
         texts = self.actor.lm.decode(self.tokenizer, self.prompts(batch), responses)
-        total, components = score(self.reward, texts.prompts, texts.responses)
-        return texts, Scores(total.to(self.device), {name: part.to(self.device) for name, part in components.items()})
+        total, components, valid = score(self.reward, texts.prompts, texts.responses)
+        on_device = {name: part.to(self.device) for name, part in components.items()}
+        return texts, Scores(total.to(self.device), on_device, None if valid is None else valid.to(self.device))
 
     def rollout(self, prompts: Prompts, step: int, first_row: int = 0) -> Rollout:
         """`sample` for training: with the copy of the weights that `execution.rollout_dtype` asks for."""
@@ -185,7 +202,7 @@ class PolicyModule(LightningModule):
         """What leaves the frozen layers [B, P+T-1, H], where `execution.trainable_layers` froze some."""
         if self.execution.trainable_layers is None:
             return None
-        return torch.cat([self.actor.lm.trunk_hidden(*part[:2]) for part in self._chunks(prompts, responses)])
+        return torch.cat(self._in_portions(lambda *part: self.actor.lm.trunk_hidden(*part[:2]), prompts, responses))
 
     @torch.no_grad()
     def recompute(self, prompts: Prompts, rollout: Rollout, trunk: Tensor | None = None) -> Rollout:
@@ -193,37 +210,41 @@ class PolicyModule(LightningModule):
         `execution.recompute_logprobs` wants that; else the same rollout."""
         if not self.execution.recomputes(next(self.actor.lm.parameters()).dtype):
             return rollout
-        parts = [
-            self.actor.evaluate(*part, self.sampling.temperature, trunk=part_trunk)
-            for *part, part_trunk in self._chunks(prompts, rollout.responses, trunk)
-        ]
+        parts = self._in_portions(
+            lambda *part: self.actor.evaluate(*part[:2], self.sampling.temperature, trunk=part[2]),
+            prompts,
+            rollout.responses,
+            trunk,
+        )
         logprobs = torch.cat([part.logprobs for part in parts])
         values = torch.cat([part.values for part in parts]).masked_fill(~rollout.mask, 0)
         return rollout._replace(logprobs=logprobs, values=values)
 
     def reference_logprobs(self, prompts: Prompts, responses: Responses, trunk: Tensor | None = None) -> Tensor:
         """Log-probabilities [B, T] of the responses under theta_0, at the sampling temperature."""
-        with torch.inference_mode():
-            parts = [
-                self.reference.logprobs(*part, self.sampling.temperature, trunk=part_trunk)
-                for *part, part_trunk in self._chunks(prompts, responses, trunk)
-            ]
+        with torch.inference_mode(not self._sharded):  # what is gathered in inference mode could not be trained
+            parts = self._in_portions(
+                lambda *part: self.reference.logprobs(*part[:2], self.sampling.temperature, trunk=part[2]),
+                prompts,
+                responses,
+                trunk,
+            )
         return torch.cat(parts)  # outside, where what is made may enter a graph
 
-    def _chunks(
-        self, prompts: Prompts, responses: Responses, trunk: Tensor | None = None, size: int | None = None
-    ) -> list[tuple[Prompts, Responses, Tensor | None]]:
-        """Rows of all three, `size` at a time (by default as many as `execution.scoring_batch_size`, or all)."""
-        rows = len(prompts.tokens)
-        size = size or self.execution.scoring_batch_size or rows
-        return [
-            (
-                Prompts(*(x[start : start + size] for x in prompts)),
-                Responses(*(x[start : start + size] for x in responses)),
-                None if trunk is None else trunk[start : start + size],
-            )
-            for start in range(0, rows, size)
-        ]
+    def _in_portions(
+        self,
+        function: Callable[[Prompts, Responses, Tensor | None], Any],
+        prompts: Prompts,
+        responses: Responses,
+        trunk: Tensor | None = None,
+    ) -> list[Any]:
+        """Results of a function of rows of all three, as many at a time as `execution.scoring_batch_size`, or all; half
+        as many, and for the rest of the run, where memory does not suffice."""
+
+        def part(rows: slice) -> Any:
+            return function(*_rows(rows, prompts, responses), None if trunk is None else trunk[rows])
+
+        return self.portions.run(part, len(prompts.tokens))
 
     # Validation, test, prediction -------------------------------------------------------------------------------
 
@@ -231,6 +252,10 @@ class PolicyModule(LightningModule):
         self, batch: Prompts | PairedTexts | Tensor, batch_idx: int, dataloader_idx: int = 0
     ) -> list[dict[str, Any]] | None:
         """Measure one batch; returns the rows of `predict_step` for prompts."""
+        with self.gathered():
+            return self._measure(batch)
+
+    def _measure(self, batch: Prompts | PairedTexts | Tensor) -> list[dict[str, Any]] | None:
         if isinstance(batch, Tensor):
             self.policy_metrics.update_human(-self.actor.lm.next_token_statistics(batch).logprobs)
             return None
@@ -241,9 +266,10 @@ class PolicyModule(LightningModule):
         prompts = self.prompts(batch)
         rollout = self.sample(prompts, VALIDATION_STEP, self._first_row(prompts))
         texts, scores = self.score(batch, rollout.responses)
-        self.policy_metrics.update_samples(rollout.responses, texts.complete, scores.total)
+        scored = scores.total if scores.valid is None else scores.total[scores.valid]
+        self.policy_metrics.update_samples(rollout.responses, texts.complete, scored)
         self._measure_drift(prompts, rollout.responses)
-        return _rows(texts, scores, self.measure_texts(batch, texts))
+        return _as_dicts(texts, scores, self.measure_texts(batch, texts))
 
     def measure_texts(self, batch: Any, texts: Texts) -> dict[str, list[str]]:
         """Measure B sampled texts; further columns of B texts for whoever looks at samples."""
@@ -253,7 +279,9 @@ class PolicyModule(LightningModule):
     def _measure_drift(self, prompts: Prompts, sampled: Responses) -> None:
         """KL, entropy and fluency of sampled responses, in parts whose logits fit into memory."""
         whole = sampled.mask.shape[1] * self.actor.lm.config.vocab_size  # logits a row
-        for *part, _ in self._chunks(prompts, sampled, size=max(1, VALIDATION_LOGITS // whole)):
+        size = max(1, VALIDATION_LOGITS // whole)
+        for start in range(0, len(sampled.tokens), size):
+            part = _rows(slice(start, start + size), prompts, sampled)
             logits, initial = self.actor.lm.response_logits(*part), self.initial.response_logits(*part)
             self.policy_metrics.update_logits(part[1], logits, initial, self.sampling.temperature)
 
@@ -279,9 +307,10 @@ class PolicyModule(LightningModule):
     def predict_step(self, batch: Prompts, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Prompt, response, reward and its components of each row, as plain values."""
         prompts = self.prompts(batch)
-        rollout = self.sample(prompts, VALIDATION_STEP, self._first_row(prompts))
-        texts, scores = self.score(batch, rollout.responses)
-        return _rows(texts, scores)
+        with self.gathered():
+            rollout = self.sample(prompts, VALIDATION_STEP, self._first_row(prompts))
+            texts, scores = self.score(batch, rollout.responses)
+        return _as_dicts(texts, scores)
 
     def on_validation_epoch_start(self) -> None:
         self._rows_drawn = 0
@@ -294,8 +323,14 @@ class PolicyModule(LightningModule):
 
     def _first_row(self, prompts: Prompts) -> int:
         """Global row of a batch's first prompt. Counted, for the last batch may be smaller than those before."""
-        first = self._rows_drawn * self.trainer.world_size + self.global_rank * len(prompts.tokens)
-        self._rows_drawn += len(prompts.tokens)
+        rows = rows_of_ranks(len(prompts.tokens))
+        if self._sharded and len(set(rows)) > 1:  # every rank must run every layer equally often
+            raise UserError(
+                f"a batch of {sum(rows)} prompts over {len(rows)} processes: where weights are sharded the number of "
+                "prompts (data's eval_prompts) must be a multiple of the processes"
+            )
+        first = self._rows_drawn + sum(rows[: self.global_rank])
+        self._rows_drawn += sum(rows)
         return first
 
     # Logging on the ppo_step axis -------------------------------------------------------------------------------
@@ -308,7 +343,32 @@ class PolicyModule(LightningModule):
 
     # Checks and checkpoints -------------------------------------------------------------------------------------
 
+    def configure_model(self) -> None:
+        """Shard policy, reference and reward model, where the strategy is Lightning's `ModelParallelStrategy`."""
+        if self.device_mesh is None or self._sharded:
+            return
+        check_sharding(self.trainer, self.execution)
+        roots = {"policy": self.actor}
+        roots |= {"reference": self.reference} if isinstance(self.reference, torch.nn.Module) else {}
+        roots |= {"initial": self.initial} if self.initial is not self.reference else {}
+        rewards = models_of(self.reward)
+        check_apart(roots)
+        self._skeletons["policy"] = skeleton(self.actor.lm.model)
+        for root in (*roots.values(), *rewards):
+            shard(root, self.device_mesh["data_parallel"], layer_dtype(self.trainer))
+        self._sharded = roots
+        self.portions.fixed = True
+        for module in self.reward.modules() if isinstance(self.reward, torch.nn.Module) else ():
+            if isinstance(getattr(module, "portions", None), Portions):
+                module.portions.fixed = True
+        self.register_state_dict_post_hook(_keep_trained)  # before what is frozen would be gathered for a checkpoint
+
+    def gathered(self) -> AbstractContextManager:
+        """Within this context, which records no gradient, parts of a sharded policy and its reference can be called."""
+        return gathered(*self._sharded.values())
+
     def setup(self, stage: str) -> None:
+        check_strategy(self.trainer)
         keep_memory_of_fit(self.trainer, stage)
         moved = any(getattr(callback, "moves_reference", False) for callback in self.trainer.callbacks)
         if moved and self.initial is self.reference:  # once: a later fit or validate finds the reference moved
@@ -332,7 +392,11 @@ class PolicyModule(LightningModule):
         checkpoint["frozen"] = dict(self.fingerprints())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_weights(checkpoint["state_dict"], self.state_dict(), self._checkpointed_names())
+        if self._sharded:  # the strategy has taken the weights, and checked their names and shapes
+            for optimizer, state in zip(self.trainer.optimizers, checkpoint.get("optimizer_states", []), strict=True):
+                load_sharded_optimizer(optimizer, state)
+        else:
+            check_weights(checkpoint["state_dict"], self.state_dict(), self._checkpointed_names())
         if "ppo_step" not in checkpoint:
             raise UserError("the checkpoint is not of a policy trained here: it holds no ppo_step")
         frozen, seed = checkpoint.get("frozen", {}), checkpoint.get("sampling_seed", self.sampling_seed)
@@ -356,11 +420,9 @@ class PolicyModule(LightningModule):
         return self._fingerprints
 
     def _checkpointed_names(self) -> set[str]:
-        own = {name: value for name, value in self.state_dict().items() if name.split(".")[0] in self.trained_modules}
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        # A tied output layer is one parameter under two names.
-        pointers = {own[name].data_ptr() for name in trained & own.keys()}
-        return {name for name, value in own.items() if value.data_ptr() in pointers}
+        named = self.named_parameters(remove_duplicate=False)  # a tied output layer is one under two names
+        trained = {name for name, parameter in named if parameter.requires_grad}
+        return {name for name in trained if name.split(".")[0] in self.trained_modules}
 
     def save_plain_hyperparameters(self, ignore: list[str]) -> None:
         """`save_hyperparameters`, with dataclasses as dicts: a checkpoint must load with ``weights_only=True``."""
@@ -374,16 +436,29 @@ def _trained(lm: PolicyLM) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in lm.named_parameters() if parameter.requires_grad}
 
 
-def _rows(texts: Texts, scores: Scores, columns: dict[str, list[str]] | None = None) -> list[dict[str, Any]]:
-    """One dict of plain values a response; `columns` are further ones."""
+def _keep_trained(module: PolicyModule, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """A hook of `state_dict`: leave out what a checkpoint does not keep."""
+    kept = {prefix + name for name in module._checkpointed_names()}
+    for name in [name for name in state if name not in kept]:
+        del state[name]
+
+
+def _rows(rows: slice, prompts: Prompts, responses: Responses) -> tuple[Prompts, Responses]:
+    return Prompts(*(tensor[rows] for tensor in prompts)), Responses(*(tensor[rows] for tensor in responses))
+
+
+def _as_dicts(texts: Texts, scores: Scores, columns: dict[str, list[str]] | None = None) -> list[dict[str, Any]]:
+    """One dict of plain values a response; `columns` are further ones. A response that is masked has no reward."""
+    valid = [True] * len(scores.total) if scores.valid is None else scores.valid.tolist()
+    values = [value if kept else None for value, kept in zip(scores.total.tolist(), valid, strict=True)]
     return [
         {
             "prompt": texts.prompts[row],
             "response": texts.responses[row],
             "complete": texts.complete[row],
-            "reward": scores.total[row].item(),
+            "reward": values[row],
             **{f"reward_{name}": part[row].item() for name, part in scores.components.items()},
-            **{name: values[row] for name, values in (columns or {}).items()},
+            **{name: column[row] for name, column in (columns or {}).items()},
         }
         for row in range(len(texts.prompts))
     ]

@@ -33,7 +33,7 @@ from elastic_lightning.policies.reference import ReferenceKind
 from elastic_lightning.policies.saving import save_model
 from elastic_lightning.rewards import ReferenceLikelihood, Scores
 
-LONGER = 20  # tokens that a translation may have beyond the longest reference of its batch
+LONGER = 20  # tokens that a translation may have beyond its reference
 
 
 class TranslationGame(PPO):
@@ -99,6 +99,10 @@ class TranslationGame(PPO):
         self.supervised_weight = supervised_weight
         self.policy_metrics = GameMetrics(self.actor.lm.config.vocab_size, metrics)
         self._supervised: dict[str, PairedTexts] = {}  # of the batch in hand
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            raise UserError("TranslationGame is not sharded, its two translators fit one device: use ddp")
 
     # What the two learn from ------------------------------------------------------------------------------------
 
@@ -169,11 +173,7 @@ class TranslationGame(PPO):
         human = self.sender.write(batch.english)
         self.policy_metrics.update_texts(messages)
         self.policy_metrics.update_messages(messages.responses, batch.english, greedy, human)
-        longest = batch.pairs.target.tokens.shape[1] + LONGER
-        if self.receiver.lm.longest_text is not None:
-            longest = min(longest, self.receiver.lm.longest_text)
-        received = self.receiver.read(messages.responses)
-        translations = self.receiver.translate(received, longest)
+        translations = self._translations(messages.responses, batch.pairs.target)
         self.policy_metrics.update_translations(translations, batch.german)
         return {
             "message": messages.responses,
@@ -181,6 +181,17 @@ class TranslationGame(PPO):
             "human_message": batch.english,
             "reference": batch.german,
         }
+
+    def _translations(self, messages: list[str], references: Responses) -> list[str]:
+        """What the receiver says to B messages: no row more than LONGER than its own reference, whatever its batch."""
+        limits = references.mask.sum(dim=1, keepdim=True) + LONGER
+        if self.receiver.lm.longest_text is not None:
+            limits = limits.clamp(max=self.receiver.lm.longest_text)
+        sources = self.receiver.read(messages)
+        tokens, mask = self.receiver.greedy(sources, int(limits.max()))
+        within = torch.arange(mask.shape[1], device=mask.device) < limits
+        written = Responses(tokens, mask & within)
+        return self.receiver.lm.decode(self.receiver.tokenizer, sources, written).responses
 
     # What others ask of the module ------------------------------------------------------------------------------
 

@@ -141,11 +141,13 @@ class EMAOnly(WeightSets):
         self._swap_back()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        writes = self.save and trainer.is_global_zero and trainer.log_dir and not trainer.fast_dev_run
+        folder = trainer.log_dir  # asked for on every rank: the first one tells the others
+        sharded = type(trainer.strategy).__name__ == "ModelParallelStrategy"  # then every rank holds a part
+        writes = self.save and (trainer.is_global_zero or sharded) and folder and not trainer.fast_dev_run
         if writes and hasattr(pl_module, "save_pretrained"):
             _settle_all(trainer)
             with self.average_weights():
-                pl_module.save_pretrained(f"{trainer.log_dir}/ema")
+                pl_module.save_pretrained(f"{folder}/ema")
 
     def _swap_back(self) -> None:
         if self._swapped is not None:

@@ -34,6 +34,7 @@ class IteratedLearning(WeightSets):
     """
 
     uses_ema = False
+    works_on_shards = False
 
     def __init__(
         self, every: int, steps: int, learning_rate: float = 1e-4, parameters: list[str] | None = None

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
@@ -34,14 +35,15 @@ class SampleLogger(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if isinstance(outputs, list) and len(self._rows) < self.samples:
-            self._rows += outputs[: self.samples - len(self._rows)]
+            self._rows += _of_all_ranks(outputs)[: self.samples - len(self._rows)]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rows, self._rows = self._rows, []
-        if not rows or not trainer.is_global_zero or not trainer.log_dir or trainer.fast_dev_run:
+        folder = trainer.log_dir  # asked for on every rank: the first one tells the others
+        if not rows or not trainer.is_global_zero or not folder or trainer.fast_dev_run:
             return
         step = pl_module.ppo_step
-        path = Path(trainer.log_dir) / "samples.jsonl"
+        path = Path(folder) / "samples.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({"ppo_step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
@@ -81,6 +83,15 @@ class ResponseWriter(BasePredictionWriter):
         if not self._started:
             trainer.print(f"writing responses to {path}")
         self._started = True
+
+
+def _of_all_ranks(rows: list[Any]) -> list[Any]:
+    """The rows of all ranks in their order, on each."""
+    if not dist.is_available() or not dist.is_initialized():
+        return rows
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:

@@ -68,13 +68,17 @@ class SavePretrained(Callback):
 
     def _save(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
         folder = self.folder or trainer.log_dir
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        sharded = type(trainer.strategy).__name__ == "ModelParallelStrategy"  # then every rank holds a part
+        if trainer.fast_dev_run or not (trainer.is_global_zero or sharded):
             return
         if folder is None:
             raise UserError("SavePretrained needs a run folder: give the trainer a logger, or the callback a `folder`")
         target, fresh = Path(folder) / name, Path(folder) / f"{name}.writing"
-        shutil.rmtree(fresh, ignore_errors=True)
+        if trainer.is_global_zero:
+            shutil.rmtree(fresh, ignore_errors=True)
         pl_module.save_pretrained(fresh, adapter=self.adapter)
+        if not trainer.is_global_zero:
+            return
         shutil.rmtree(target, ignore_errors=True)
         os.replace(fresh, target)
 

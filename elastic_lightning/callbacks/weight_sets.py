@@ -18,7 +18,7 @@ from elastic_lightning.errors import UserError
 from elastic_lightning.functional import copy_, distance, float32_copy, lerp_
 
 UpdateOn = Literal["optimizer_step", "batch"]
-SHARDED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+FLAT_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy")
 
 
 class WeightSets(Callback):
@@ -27,6 +27,8 @@ class WeightSets(Callback):
     The weights are those of ``pl_module.shadowed_parameters()`` where the module has such a method (a policy without
     its value head), else all trainable parameters. The average is float32 whatever the parameters are: in bfloat16 a
     step of 0.005 rounds to nothing. Everything is in place, so the optimizer keeps its state and its tensors.
+
+    A batch that the module skipped (it says so in `batch_skipped`) counts, and leaves the average where it was.
 
     Subclasses override `reset` (and, to follow the average, `after_update`), and may override `before_reset` and
     `after_reset`. Other callbacks and the module itself are told too: their methods ``on_before_reset(trainer,
@@ -48,6 +50,7 @@ class WeightSets(Callback):
     uses_ema = True
     uses_initial = False
     moves_reference = False
+    works_on_shards = True
 
     def __init__(
         self,
@@ -103,8 +106,14 @@ class WeightSets(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         name = type(trainer.strategy).__name__
-        if stage == "fit" and name in SHARDED_STRATEGIES:
-            raise UserError(f"{type(self).__name__} does not work with {name}, which shards parameters; use ddp")
+        if stage == "fit" and name in FLAT_STRATEGIES:
+            raise UserError(
+                f"{type(self).__name__} does not work with {name}, which keeps parameters in flat ones without names; "
+                "use ddp or ModelParallelStrategy"
+            )
+        if stage == "fit" and name == "ModelParallelStrategy" and (self.offload or not self.works_on_shards):
+            what = f"{type(self).__name__}{' with offload' if self.works_on_shards else ''}"
+            raise UserError(f"{what} does not work with {name}, which shards parameters; use ddp")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The one hook that runs after placement and after a checkpoint was restored, on every strategy.
@@ -189,11 +198,12 @@ class WeightSets(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.batches += 1
-        if self._watched:
+        skipped = getattr(pl_module, "batch_skipped", False)
+        if self._watched and not skipped:
             after = {f"{self._tag}/{name}_after": value for name, value in _watch(trainer).items()}
             self._log(trainer, pl_module, after)
             self._watched = {}
-        if self.uses_ema and self.update_on == "batch":
+        if self.uses_ema and self.update_on == "batch" and not skipped:
             self.update()
         if self.every is not None and self.batches % self.every == 0:
             self._reset(trainer, pl_module)
@@ -268,11 +278,11 @@ class WeightSets(Callback):
         state: dict[str, Any] = {"batches": self.batches, "updates": self.updates, "resets": self.resets}
         state["watched"] = self._watched  # of a reset on the last batch: the next run logs what came after
         if self.ema:
-            state["ema"] = _clone(self.ema)
+            state["ema"] = _whole(self.ema)
         if self._initial_own:
-            state["initial"] = _clone(self._initial_own)
+            state["initial"] = _whole(self._initial_own)
         if self.moves_reference and self.reference:
-            state["reference"] = _clone(self.reference)
+            state["reference"] = _whole(self.reference)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -295,6 +305,14 @@ class WeightSets(Callback):
 
 def _clone(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in weights.items()}
+
+
+def _whole(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies for a checkpoint that any number of ranks can load: of what is sharded the whole, on the CPU."""
+    return {
+        name: tensor.detach().full_tensor().cpu() if hasattr(tensor, "full_tensor") else tensor.detach().clone()
+        for name, tensor in weights.items()
+    }
 
 
 def _watch(trainer: Trainer) -> dict[str, float]:

@@ -56,10 +56,15 @@ def read_table(file: Path) -> Dataset:
     kind = _kind(file)
     if kind is None:
         raise UserError(f"cannot read {file}: give .jsonl, .csv (both also .gz) or .parquet")
+    log = datasets.utils.logging
+    level = log.get_verbosity()
     try:
+        log.set_verbosity(log.CRITICAL)  # it prints the traceback of what it raises
         data = datasets.load_dataset(kind, data_files=str(file), split="train")
     except Exception as error:
         raise UserError(f"cannot read {file} as {kind}: {_cause(error)}; is it empty or damaged?") from error
+    finally:
+        log.set_verbosity(level)
     if len(data) == 0:
         raise UserError(f"{file} holds no rows")
     return data

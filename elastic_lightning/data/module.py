@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from elastic_lightning.callbacks.position import Position
 from elastic_lightning.data.loader import ResumableLoader
-from elastic_lightning.data.sampler import EpochSampler
+from elastic_lightning.data.sampler import EpochSampler, even_batch_size
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import load_tokenizer
 
@@ -52,7 +52,16 @@ class TextDataModule(LightningDataModule):
     def dataloader(
         self, rows: Sequence[Any], batch_size: int, shuffle: bool, collate: Callable[[list[Any]], Any]
     ) -> DataLoader:
-        """This process's share of the rows, batched."""
+        """This process's share of the rows, batched.
+
+        Raises:
+            UserError: not every process would have a row.
+        """
+        _, ranks = self.process
+        if len(rows) < ranks:
+            raise UserError(f"{len(rows)} rows do not suffice for {ranks} processes: give the data more, or use fewer")
+        if not shuffle:
+            batch_size = even_batch_size(len(rows), batch_size, ranks)
         sampler = EpochSampler(len(rows), batch_size, self.seed, shuffle, *self.process)
         if not shuffle:
             return DataLoader(rows, batch_size=batch_size, sampler=sampler, collate_fn=collate)

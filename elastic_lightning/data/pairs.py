@@ -194,7 +194,8 @@ class PairsDataModule(TextDataModule):
     def _evaluation(self, split: str) -> DataLoader:
         if split not in self.splits:
             raise UserError(f"there is no {split} corpus: give data's corpora.{split}")
-        order = sorted_in_batches(self.encoded(split).lengths(), self.eval_batch_size, self.seed)
+        _, ranks = self.process  # whose batches together are those of one rank
+        order = sorted_in_batches(self.encoded(split).lengths(), self.eval_batch_size * ranks, self.seed)
         return self.dataloader(order, self.eval_batch_size, False, functools.partial(self.evaluation_batch, split))
 
     def _check_size(self) -> None:

@@ -54,8 +54,12 @@ class EpochSampler(Sampler[int]):
         """Where in an epoch's order this rank's batches begin and end."""
         step = self.batch_size * self.world_size
         end = self.size - self.size % step if self.shuffle else self.size
-        starts = range(self.rank * self.batch_size, end, step)
-        return [(start, min(start + self.batch_size, end)) for start in starts]
+        slices = []
+        for start in range(0, end, step):
+            rows = min(step, end - start)  # the last batch is as even as it can be
+            first, beyond = (start + rows * rank // self.world_size for rank in (self.rank, self.rank + 1))
+            slices.append((first, beyond))
+        return slices
 
 
 class LengthSampler(Sampler[list[int]]):
@@ -117,7 +121,7 @@ class LengthSampler(Sampler[list[int]]):
         order = order[self.lengths[order].argsort(stable=True)]
         starts = [0, *self.ends[:-1]]
         for batch in torch.randperm(len(self.ends), generator=generator).tolist()[skip:]:
-            share = order[starts[batch] : self.ends[batch]][self.rank :: self.world_size]
+            share = order[starts[batch] : self.ends[batch]].tensor_split(self.world_size)[self.rank]
             yield self.rows[share].tolist()
 
     def __len__(self) -> int:
@@ -150,6 +154,14 @@ class EndlessSampler(Sampler[list[int]]):
             self.epochs.set_epoch(self.epoch + cycle * CYCLE)
             self.epochs.skip = rest if cycle == whole else 0
             yield from self.epochs
+
+
+def even_batch_size(rows: int, batch_size: int, world_size: int) -> int:
+    """The batch size of one rank, raised until the rows that are left for the last batch suffice for every rank: then
+    all have as many batches. At most all rows in one batch, of which there must be as many as ranks."""
+    while 0 < rows % (batch_size * world_size) < world_size <= rows:
+        batch_size += 1
+    return batch_size
 
 
 def sorted_in_batches(lengths: Sequence[int], batch_size: int, seed: int) -> list[int]:

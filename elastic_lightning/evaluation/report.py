@@ -146,6 +146,8 @@ def main(argv: list[str]) -> int:
         help="TensorBoard tag of the drift (%(default)s); lost:TAG is what is lost of a score",
     )
     given = parser.parse_args(argv)
+    if given.output is not None and given.output.exists() and not given.output.is_dir():
+        raise UserError(f"report: --output is a folder to write, and {given.output} is a file")
     runs, left_out = collect(given.runs, given.reward, given.drift)
     if not runs:
         where = ", ".join(map(str, given.runs))

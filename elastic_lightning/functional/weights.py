@@ -27,6 +27,7 @@ def lerp_(target: Weights, source: Weights, weight: float) -> None:
     Keep a slow average in float32: in bfloat16 a step of 0.005 rounds to nothing.
     """
     _check_alike(target, source)
+    target, source = _local(target), _local(source)
     alike = [name for name, tensor in target.items() if _same_kind(tensor, source[name])]
     if alike:
         torch._foreach_lerp_([target[name] for name in alike], [source[name] for name in alike], weight)
@@ -37,20 +38,31 @@ def lerp_(target: Weights, source: Weights, weight: float) -> None:
 
 @torch.no_grad()
 def copy_(target: Weights, source: Weights) -> None:
-    """target = source, in place."""
+    """target = source, in place. Where the target is sharded and the source is whole, each process takes its part."""
     _check_alike(target, source)
+    target, source = _local(target), _local(_sharded_like(source, target))
     if target:
         torch._foreach_copy_(list(target.values()), [source[name] for name in target])
 
 
 @torch.no_grad()
 def distance(a: Weights, b: Weights) -> Tensor:
-    """L2 norm of a - b over all tensors together: a float32 scalar on the device of the first."""
+    """L2 norm of a - b over all tensors together: a float32 scalar on the device of the first.
+
+    Of sharded tensors (all over the same processes) it is that of the whole, on every process: a collective.
+    """
     _check_alike(a, b)
     if not a:
         return torch.zeros(())
+    meshes = [tensor.device_mesh for tensor in a.values() if _is_sharded(tensor)]
+    a, b = _local(a), _local(b)
     norms = [norm for name, tensor in a.items() for norm in _norms(tensor, b[name].to(tensor.device))]
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    if not meshes:
+        return total
+    squared = total.square()
+    torch.distributed.all_reduce(squared, group=meshes[0].get_group())
+    return squared.sqrt()
 
 
 @torch.no_grad()
@@ -78,6 +90,28 @@ def slerp(start: Weights, a: Weights, b: Weights, t: float) -> Weights:
 def float32_copy(weights: Weights) -> Weights:
     """Detached float32 clones: the start of a shadow."""
     return {name: tensor.detach().to(torch.float32, copy=True) for name, tensor in weights.items()}
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "to_local")  # a DTensor, whose module takes its time to import
+
+
+def _local(weights: Weights) -> Weights:
+    """This process's part of what is sharded, the same memory; the rest as it is."""
+    return {name: tensor.to_local() if _is_sharded(tensor) else tensor for name, tensor in weights.items()}
+
+
+def _sharded_like(source: Weights, target: Weights) -> Weights:
+    """The source with each whole tensor sharded as the target's is; every process has the same whole."""
+    found = {}
+    for name, tensor in source.items():
+        if _is_sharded(target[name]) and not _is_sharded(tensor):
+            from torch.distributed.tensor import distribute_tensor
+
+            mesh, placements = target[name].device_mesh, target[name].placements
+            tensor = distribute_tensor(tensor.to(target[name].device), mesh, placements, src_data_rank=None)
+        found[name] = tensor
+    return found
 
 
 def _norms(a: Tensor, b: Tensor) -> list[Tensor]:

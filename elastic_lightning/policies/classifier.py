@@ -35,7 +35,7 @@ def new_classifier(source: ModelSource, tokenizer: PreTrainedTokenizerBase, **op
     if source.architecture is not None:
         model = from_architecture(AutoModelForSequenceClassification, source, tokenizer, **options)
     else:
-        model = from_path(AutoModelForSequenceClassification, source, **options)
+        model = from_path(AutoModelForSequenceClassification, source, new_head=True, **options)
     return model if source.lora is None else add_lora(model, source.lora, task_type="SEQ_CLS")
 
 
@@ -46,14 +46,10 @@ def trained_classifier(source: ModelSource) -> PreTrainedModel:
         UserError: it cannot be loaded, or has no trained head.
     """
     if is_adapter(source.path):
-        model = load_adapter(source, AutoModelForSequenceClassification, **adapter_labels(source.path))
+        model = load_adapter(source, AutoModelForSequenceClassification, new_head=True, **adapter_labels(source.path))
         model = model.merge_and_unload()
     else:
-        model, info = from_path(AutoModelForSequenceClassification, source, output_loading_info=True)
-        if info["missing_keys"]:
-            raise UserError(
-                f"{source.path} has no trained classification head ({min(info['missing_keys'])} is missing)"
-            )
+        model = from_path(AutoModelForSequenceClassification, source)
     return model.eval().requires_grad_(False)
 
 

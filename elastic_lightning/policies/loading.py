@@ -145,6 +145,7 @@ def load_source(source: ModelSource) -> LoadedPolicy:
         model = load_adapter(source)
     else:
         model = from_path(AutoLanguageModel, source)
+    check_vocabulary(tokenizer, model, source.tokenizer or source.path)
     if source.lora is not None:
         if adapter:
             raise UserError(f"{source.path} holds an unmerged adapter: merge it before training another LoRA on top")
@@ -180,6 +181,8 @@ def load_tokenizer(path: str, gguf_file: str | None = None, trust_remote_code: b
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **extra)
     except UNREADABLE as error:
         raise UserError(_not_found("tokenizer", path, error)) from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of no file at all
+        raise UserError(f"cannot load the tokenizer from {path}: it holds no vocabulary (no tokenizer.json there?)")
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         known = tokenizer.get_vocab()
         usable = [token for token in PAD_TOKENS if token in known and token != tokenizer.eos_token]
@@ -188,10 +191,22 @@ def load_tokenizer(path: str, gguf_file: str | None = None, trust_remote_code: b
     return tokenizer
 
 
-def from_path(auto_class: type, source: ModelSource, **options: Any) -> PreTrainedModel:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: nn.Module, name: str) -> None:
+    """Raise a `UserError` where the tokenizer has tokens that the model has no embedding for, beside a pad token."""
+    ids = [index for token, index in tokenizer.get_vocab().items() if token != tokenizer.pad_token]
+    rows = model.get_input_embeddings().num_embeddings
+    if max(ids, default=0) >= rows:
+        raise UserError(
+            f"the tokenizer {name} has tokens up to number {max(ids)}, and the model's vocabulary holds {rows}: give "
+            "the tokenizer that the model was trained with"
+        )
+
+
+def from_path(auto_class: type, source: ModelSource, new_head: bool = False, **options: Any) -> PreTrainedModel:
     """Load weights from a hub id or folder with one of transformers' auto classes.
 
-    With the option ``output_loading_info`` it returns the model and what transformers says of the weights.
+    Raises:
+        UserError: they cannot be loaded, or some are missing; with `new_head` those are random, to be trained.
     """
     if source.gguf_file is not None:
         options["gguf_file"] = source.gguf_file
@@ -201,17 +216,21 @@ def from_path(auto_class: type, source: ModelSource, **options: Any) -> PreTrain
     if not Path(source.path).exists() and hub_offline():
         options["local_files_only"] = True
     try:
-        loaded = auto_class.from_pretrained(
+        model, report = auto_class.from_pretrained(
             source.path,
+            output_loading_info=True,
             dtype=getattr(torch, source.dtype),
             attn_implementation=source.attention,
             trust_remote_code=source.trust_remote_code,
             **options,
         )
-        fuse_gelu(loaded[0] if isinstance(loaded, tuple) else loaded)
-        return loaded
     except UNREADABLE as error:
         raise UserError(_not_found("model", source.path, error)) from error
+    missing = sorted(report["missing_keys"])
+    if missing and not new_head:
+        kind = type(model).__name__
+        raise UserError(f"{source.path} holds no {kind}: {len(missing)} of its weights are missing, e.g. {missing[0]}")
+    return fuse_gelu(model)
 
 
 def from_architecture(
@@ -337,4 +356,6 @@ def _not_found(what: str, path: str, error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
+    if "ignore_mismatched_sizes" in str(error):  # it points to a report in the log
+        return "its weights have other shapes than its config.json says"
     return str(error).strip().split("\n")[0][:200]

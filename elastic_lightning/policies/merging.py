@@ -74,4 +74,4 @@ def _load(source: ModelSource, base: str) -> nn.Module:
     settings = json.loads((Path(source.path) / "adapter_config.json").read_text(encoding="utf-8"))
     if settings.get("task_type") != "SEQ_CLS":
         return load_adapter(source, base=base)
-    return load_adapter(source, AutoModelForSequenceClassification, base, **adapter_labels(source.path))
+    return load_adapter(source, AutoModelForSequenceClassification, base, new_head=True, **adapter_labels(source.path))

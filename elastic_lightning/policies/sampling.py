@@ -101,12 +101,14 @@ def sample(
     lm: PolicyLM | None = None,
     stop: Callable[[Tensor], Tensor] | None = None,
     lengths: Tensor | None = None,
+    going_on: Callable[[Tensor], bool] = torch.any,
 ) -> Rollout:
     """Draw one response a prompt. `uniforms` [B, max_new_tokens] in [0, 1) decide every draw: no hidden generator.
 
     T is the length of the longest response: decoding stops when every row has ended. `lm` is what decodes, the policy's
     own model by default. `stop` says of tokens [B, t] so far which rows [B] end here, beside those with an end of text
-    and those with as many tokens as `lengths` [B] says (`draw_lengths`; `max_new_tokens` by default).
+    and those with as many tokens as `lengths` [B] says (`draw_lengths`; `max_new_tokens` by default); `going_on` says
+    of the rows [B] that have not ended whether to decode on, which processes may decide together.
     """
     lm = policy.lm if lm is None else lm
     longest = sampling.max_new_tokens if lengths is None else int(lengths.max())
@@ -123,7 +125,7 @@ def sample(
         if stop is not None:
             alive = alive & ~stop(torch.stack([column[0] for column in columns], dim=1))
         by_itself = eos_token_id is not None and position + 1 >= sampling.first_end
-        if (by_itself or stop is not None) and not alive.any():
+        if (by_itself or stop is not None) and not going_on(alive):
             break
         if position + 1 < longest:
             hidden = lm.step(state, torch.where(alive, choice.tokens, 0))
@@ -218,7 +220,7 @@ def search(weights: Tensor, uniforms: Tensor) -> Tensor:
     """The first token [B] of each row at which the running sum of weights [B, V] exceeds uniform * total.
 
     In two stages, the block and then the token in it: a running sum over a whole vocabulary cannot be computed
-    in parallel, and its rounding grows with V.
+    in parallel, and its rounding grows with V. A row of NaN gives the last token: its log-probability is NaN too.
     """
     sums = _block_sums(weights)
     running = sums.cumsum(dim=-1)
@@ -226,7 +228,7 @@ def search(weights: Tensor, uniforms: Tensor) -> Tensor:
     tokens = block[:, None] * BLOCK + torch.arange(BLOCK, device=weights.device)
     inside = weights.gather(-1, tokens.clamp(max=weights.shape[1] - 1)).masked_fill(tokens >= weights.shape[1], 0)
     offset, _ = _search_row(inside.cumsum(dim=-1), rest)
-    return block * BLOCK + offset
+    return (block * BLOCK + offset).clamp(max=weights.shape[1] - 1)
 
 
 def _block_sums(weights: Tensor) -> Tensor:

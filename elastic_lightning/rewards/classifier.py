@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies.classifier import pad_like, trained_classifier
-from elastic_lightning.policies.loading import ModelSource, disable_dropout, load_tokenizer
+from elastic_lightning.policies.loading import ModelSource, check_vocabulary, disable_dropout, load_tokenizer
+from elastic_lightning.policies.portions import Portions
 from elastic_lightning.rewards.base import Reward
 
 
@@ -25,7 +26,8 @@ class ClassifierReward(Reward):
         output: "probability" (softmax, or sigmoid of a one-label model) or "logit".
         on: what the classifier reads: the whole text or the response alone.
         max_length: in tokens; longer texts lose their beginning. The model's own limit by default.
-        batch_size: texts scored at a time; where there are more, those of like length together.
+        batch_size: texts scored at a time, those of like length together; halved for the rest of the run where memory
+            does not suffice.
         dtype: of the weights.
         trust_remote_code: run the python code that comes with the model; off unless asked.
     """
@@ -54,12 +56,14 @@ class ClassifierReward(Reward):
         self.tokenizer.truncation_side, self.tokenizer.padding_side = "left", "right"
         self.model = self.load(source, self.tokenizer)
         self.label = label_index(self.model.config, label)
-        self.output, self.on, self.batch_size = output, on, batch_size
+        self.output, self.on = output, on
+        self.portions = Portions(batch_size, "scoring by the classifier")
         self.max_length = max_length or position_limit(self.model)
 
     def load(self, source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
         """The classifier: tokens and mask [B, L] in, ``logits`` [B, labels] out."""
         model = trained_classifier(source)
+        check_vocabulary(tokenizer, model, source.path)
         disable_dropout(model)
         pad_like(model, tokenizer)
         return model
@@ -71,11 +75,10 @@ class ClassifierReward(Reward):
         else:
             texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
         rows = self.tokenizer(texts, truncation=self.max_length is not None, max_length=self.max_length)["input_ids"]
-        order = sorted(range(len(rows)), key=lambda row: len(rows[row])) if len(rows) > self.batch_size else None
-        sorted_rows = rows if order is None else [rows[row] for row in order]
-        chunks = [sorted_rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
-        scores = torch.cat([self._score(chunk) for chunk in chunks])
-        return scores if order is None else scores[torch.tensor(order, device=scores.device).argsort()]
+        cut = self.portions.size < len(rows)
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row])) if cut else list(range(len(rows)))
+        scores = self.portions.run(lambda part: self._score([rows[row] for row in order[part]]), len(rows))
+        return torch.cat(scores)[torch.tensor(order, device=scores[0].device).argsort()]
 
     def _score(self, rows: list[list[int]]) -> Tensor:
         """Scores [B] of texts given as tokens."""

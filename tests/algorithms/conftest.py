@@ -147,9 +147,8 @@ def save_tokenizer(folder: Path) -> int:
     return len(vocabulary)
 
 
-@pytest.fixture(scope="session")
-def toy(tmp_path_factory) -> Toy:
-    folder = tmp_path_factory.mktemp("policy")
+def save_policy(folder: Path) -> None:
+    """A tiny GPT-2 and the tokenizer of WORDS."""
     config = GPT2Config(
         vocab_size=save_tokenizer(folder),
         n_positions=32,
@@ -174,6 +173,12 @@ def toy(tmp_path_factory) -> Toy:
         model.transformer.ln_f.bias.fill_(0.5)
         model.transformer.wte.weight[EOS] += 0.2
     model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory) -> Toy:
+    folder = tmp_path_factory.mktemp("policy")
+    save_policy(folder)
     return Toy(folder)
 
 

@@ -92,18 +92,6 @@ def test_whitened_rewards_keep_their_mean():
     torch.testing.assert_close(experience.advantages[0, 0], expected[:3].sum())
 
 
-def test_whitening_sums_over_ranks():
-    calls = []
-
-    def twice(tensor):  # two ranks that hold the same rows: nothing changes but the counts
-        calls.append(tensor)
-        return tensor * 2
-
-    arguments = (rollout(), torch.tensor([8.0, 4.0]), REFERENCE, 0.1, PPOConfig())
-    torch.testing.assert_close(make_experience(*arguments, twice).advantages, make_experience(*arguments).advantages)
-    assert calls
-
-
 def test_explained_variance():
     mask = torch.tensor([[True, True], [True, False]])
     returns = torch.tensor([[1.0, 2.0], [3.0, 50.0]])
