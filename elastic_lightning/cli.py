@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib
+import itertools
 import os
 import re
 import sys
 import warnings
+from pathlib import Path
 
 from elastic_lightning.errors import UserError
 
@@ -15,6 +18,8 @@ OWN_COMMANDS = {  # name -> module with main(argv), what it does
     "pipeline": ("elastic_lightning.evaluation.pipeline", "run the stages of a pipeline file in order, then report"),
     "report": ("elastic_lightning.evaluation.report", "table and reward-drift frontier of finished runs"),
     "generate": ("elastic_lightning.evaluation.generate", "sample from a policy folder or checkpoint"),
+    "evaluate": ("elastic_lightning.evaluation.evaluate", "perplexity, HumanEval and reward of a finished model"),
+    "merge": ("elastic_lightning.evaluation.merge", "fold a LoRA adapter into its base model"),
     "tokenizer": ("elastic_lightning.data.tokenizers", "train a tokenizer on a data module's texts"),
 }
 LIGHTNING_COMMANDS = {
@@ -23,6 +28,11 @@ LIGHTNING_COMMANDS = {
     "test": "measure on the test data, and write test.json",
     "predict": "write responses and rewards as JSONL",
 }
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+CALLBACK_FIELDS = (
+    " (--trainer.callbacks.FIELD is of the callback that --trainer.callbacks+=NAME adds before it; change those of a "
+    "configuration file in the file)"
+)
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
 
@@ -44,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except Exception as error:
-        message = _user_mistake(error)
+        message = _user_mistake(error, argv)
         if message is None:
             raise
         return _fail(message, 2)
@@ -57,12 +67,26 @@ def _run(command: str, argv: list[str]) -> int:
         raise UserError(
             f"unknown command {command!r}; the commands are {', '.join([*LIGHTNING_COMMANDS, *OWN_COMMANDS])}"
         )
+    _check_files(argv)
     _quiet()
     _keep_memory()
     from elastic_lightning.lightning_cli import run_lightning
 
     run_lightning([command, *argv])
     return 0
+
+
+def _check_files(argv: list[str]) -> None:
+    """Read the configuration files once before the parser does, which takes a key given twice for its last value, and
+    does not say in which file a mistake is. Files that are missing are left to it."""
+    from elastic_lightning.evaluation.stages import read_yaml
+
+    flags = ("--config", "-c")
+    values = [after for before, after in itertools.pairwise(argv) if before in flags]
+    values += [argument.split("=", 1)[1] for argument in argv if argument.startswith(tuple(f"{f}=" for f in flags))]
+    for file in map(Path, values):
+        if file.is_file() and not isinstance(read_yaml(file), dict | None):
+            raise UserError(f"{file}: expected a mapping such as `model: ...`, not a list or a value")
 
 
 def _quiet() -> None:
@@ -91,18 +115,32 @@ def _keep_memory() -> None:
     mallopt(M_TOP_PAD, 64 * 2**20)
 
 
-def _user_mistake(error: Exception) -> str | None:
+def _user_mistake(error: Exception, argv: list[str]) -> str | None:
     """The line to show for errors that other libraries raise for wrong input; None for everything else."""
     cause: BaseException | None = error
     while cause is not None:  # a parser wraps what a constructor raises
         if isinstance(cause, UserError):
             return str(cause)
+        if isinstance(cause, OSError) and cause.errno in DISK_FULL:
+            where = f": {cause.filename}" if cause.filename else ""
+            return f"{cause.strerror}{where}; free some space, then go on with --ckpt_path last"
+        if "torch" in sys.modules and (line := _out_of_memory(cause)):
+            return line
         cause = cause.__cause__ or cause.__context__
     if type(error).__name__ == "ArgumentError":
-        return _condense(str(error))
+        fields = [argument for argument in argv if argument.startswith("--trainer.callbacks.")]
+        return _condense(str(error)) + (CALLBACK_FIELDS if fields else "")
     if type(error).__name__ == "MisconfigurationException":
         return " ".join(str(error).split())
     return None
+
+
+def _out_of_memory(error: BaseException) -> str | None:
+    from elastic_lightning.policies.portions import first_line, out_of_memory
+
+    if not out_of_memory(error):
+        return None
+    return f"{first_line(error)} (lower ppo.micro_batch_size, data's batch_size or sampling.max_new_tokens)"
 
 
 def _condense(message: str) -> str:
@@ -110,10 +148,17 @@ def _condense(message: str) -> str:
     problems = re.findall(
         r"Problem with given class_path '([^']+)':\s*(.*?)(?=\n\s*- |\n\s*Given value|\Z)", message, re.S
     )
+    foreign = re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", message)
+    choices = re.search(r'Parser key "([^"]+)":\s*Does not validate against any.*Given value: (.*)', message, re.S)
     unknown = re.search(r"Expected a dot import path string: (\S+)", message)
     if problems:
         path, reason = problems[-1]
         message = f"{path.rsplit('.', 1)[-1]}: {reason}"
+    elif foreign:
+        message = f"{foreign[1]} is not a {foreign[2]}"
+    elif choices:
+        expected = ", ".join(dict.fromkeys(re.findall(r"- Expected an? (.*?)(?=\n|\Z)", message)))
+        message = f"{choices[1]} cannot be {' '.join(choices[2].split())[:100]}: expected {expected[:350]}"
     elif unknown:
         message = f"there is no class {unknown[1]!r}: check its spelling, or give its full import path"
     return " ".join(message.split())

@@ -6,3 +6,11 @@ class UserError(ValueError):
 
     The command line prints the message without a traceback and exits with status 1; in Python it is a `ValueError`.
     """
+
+
+class NotFinite(UserError):
+    """A batch holds NaN or an infinite number; who trains may skip it. `what`: the reward, the loss or the gradient."""
+
+    def __init__(self, what: str, message: str) -> None:
+        super().__init__(message)
+        self.what = what

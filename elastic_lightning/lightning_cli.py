@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from elastic_lightning import algorithms, callbacks, data, rewards
-from elastic_lightning.callbacks import ResponseWriter, RunProgress
+from elastic_lightning.callbacks import BatchCheckpoint, Preemption, ResponseWriter, RunProgress
+from elastic_lightning.callbacks.preemption import Preempted
+from elastic_lightning.callbacks.run_config import RunConfig
 from elastic_lightning.errors import UserError
+from elastic_lightning.policies.checkpoints import read_checkpoint
+from elastic_lightning.resume import check_fixed_folder, check_same_run, checkpoint_for, differences, resume_line
 
 PACKAGES = (algorithms, callbacks, data, rewards)  # imported so that their classes are known by their short names
+PARTS = ("model", "data", "trainer")  # of a configuration, which a checkpoint keeps
 
 
 class ElasticCLI(LightningCLI):
     """fit, validate, test and predict over any of our modules.
 
     Other than LightningCLI: no abbreviated flags; nothing is written over an earlier run; what is given on the command
-    line or in a file wins over a checkpoint's hyper-parameters (differences are printed).
+    line or in a file wins over a checkpoint's hyper-parameters (differences are printed, and a run does not resume with
+    another seed, model or data). Every run can be resumed: a `BatchCheckpoint` is added where none is configured, and a
+    `Preemption` beside it.
     """
 
     def __init__(self, args: ArgsType = None) -> None:
+        self.argv = list(sys.argv[1:] if args is None else args)
+        self.run_config = RunConfig()
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -42,6 +52,9 @@ class ElasticCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = parser.parse_args(args)  # without Lightning's warning that sys.argv is there too
+        seed = self.config[self.config["subcommand"]].get("seed_everything")
+        if type(seed) is int and not 0 <= seed < 2**32:
+            raise UserError(f"seed_everything must be from 0 to {2**32 - 1}, got {seed}")
 
     def _parse_ckpt_path(self) -> None:
         """Lightning lets the checkpoint's hyper-parameters win over explicit ones; here they are only compared."""
@@ -49,37 +62,53 @@ class ElasticCLI(LightningCLI):
         path = settings.get("ckpt_path")
         if not path or path in ("last", "best", "hpc"):
             return
-        if not Path(path).is_file():
-            raise UserError(f"no checkpoint at {path}")
-        try:
-            saved = torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
-        except Exception as error:
-            raise UserError(f"cannot load the checkpoint {path}: {str(error).splitlines()[0]}") from error
-        given = settings.get("model", {}).get("init_args", {})
-        given = given.as_dict() if hasattr(given, "as_dict") else dict(given)
-        for name, value in sorted(_flat(given).items()):
-            before = _flat(saved).get(name, value)
-            if before != value:
-                print(f"note: {name} is {value!r} here, and was {before!r} when the checkpoint was written")
+        saved = read_checkpoint(path)
+        if "config" not in saved:
+            given = settings.get("model", {}).get("init_args", {})
+            for name, (before, now) in differences(saved.get("hyper_parameters", {}), given).items():
+                print(f"note: {name} is {now!r} here, and was {before!r} when the checkpoint was written")
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        given = arguments.get("ckpt_path")
+        if given is not None and subcommand == "fit":
+            check_fixed_folder(self._get(self.config_dump, "trainer").get("logger"))
+        if given not in ("best", "hpc"):
+            arguments["ckpt_path"] = checkpoint_for(subcommand, given, self.trainer)
+        arguments["weights_only"] = True  # never run code from a checkpoint
+        return arguments
 
     def after_instantiate_classes(self) -> None:
         """Keep all of the model's configuration in its checkpoints, also what stands for objects such as the reward:
         `load_from_checkpoint` then builds the whole module."""
         self._dump_config()
         self.model.hparams.update(self.config_dump["model"].get("init_args", {}))
+        self.run_config.config = {name: self.config_dump.get(name) for name in ("seed_everything", *PARTS)}
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         callbacks = self._get(self.config_init, "trainer").get("callbacks") or []
-        extra = [ResponseWriter()]
+        extra = [ResponseWriter(), self.run_config]
         if self._get(self.config_init, "trainer").get("enable_progress_bar") is not False and not any(
             isinstance(callback, ProgressBar) for callback in callbacks
         ):
             extra.append(RunProgress())
-        if not any(isinstance(callback, Checkpoint) for callback in callbacks):
-            # Lightning's own default would count optimizer steps and keep frozen weights' worth of epochs.
-            kwargs.setdefault("enable_checkpointing", False)
+        if self._get(self.config_init, "trainer").get("enable_checkpointing") is False or self.subcommand != "fit":
+            kwargs.setdefault("enable_checkpointing", any(isinstance(callback, Checkpoint) for callback in callbacks))
+        else:
+            if not any(isinstance(callback, Checkpoint) for callback in callbacks):
+                extra.append(BatchCheckpoint())  # Lightning's own would count optimizer steps
+                callbacks = [*callbacks, extra[-1]]
+            saves = any(isinstance(callback, BatchCheckpoint) for callback in callbacks)
+            if saves and not any(isinstance(callback, Preemption) for callback in callbacks):
+                extra.append(Preemption())
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": extra}
-        return super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except ModuleNotFoundError as error:
+            raise UserError(f"the trainer needs a package that is not here: {' '.join(str(error).split())}") from error
+        if trainer.log_dir:
+            _check_writable(Path(trainer.log_dir))
+        return trainer
 
     def fit(self, **arguments: Any) -> None:
         folder = Path(self.trainer.log_dir) if self.trainer.log_dir and not self.trainer.fast_dev_run else None
@@ -91,8 +120,14 @@ class ElasticCLI(LightningCLI):
                 "or resume with --ckpt_path"
             )
         fresh = folder is not None and not folder.exists()
+        if resuming:
+            path = arguments["ckpt_path"]
+            check_same_run(read_checkpoint(path), self.run_config.config, path, self.trainer.world_size)
         try:
             self.trainer.fit(**arguments)
+        except Preempted as stop:
+            if self.trainer.is_global_zero:
+                print(f"{stop}\nresume with: {resume_line(self.argv)}", flush=True)
         except BaseException:
             if fresh and self.trainer.is_global_zero and self.trainer.global_step == 0:
                 for logger in self.trainer.loggers:
@@ -120,13 +155,10 @@ def run_lightning(argv: list[str]) -> None:
     ElasticCLI(args=argv)
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if hasattr(value, "as_dict"):
-            value = value.as_dict()
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
-    return flat
+def _check_writable(folder: Path) -> None:
+    """Raise a `UserError` where the folder cannot be made or written to."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"cannot write the run to {folder}: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write the run to {folder}: no permission to write in {there}")

@@ -19,6 +19,7 @@ MODELS = BASE | {"metrics", "policies", "rewards"}
 ALLOWED = {
     "errors": set(),
     "functional": set(),
+    "resume": {"errors"},
     "metrics": BASE | {"policies"},
     "policies": BASE,
     "rewards": BASE | {"policies"},
@@ -26,7 +27,7 @@ ALLOWED = {
     "callbacks": MODELS,
     "data": MODELS | {"algorithms", "callbacks"},
     "evaluation": MODELS | {"callbacks", "data"},
-    "lightning_cli": MODELS | {"algorithms", "callbacks", "data", ""},
+    "lightning_cli": MODELS | {"algorithms", "callbacks", "data", "resume", ""},
     "cli": MODELS | {"algorithms", "callbacks", "data", "evaluation", "lightning_cli", ""},
     "": MODELS | {"algorithms", "callbacks", "data", "evaluation"},
     "__main__": {"cli"},

@@ -4,6 +4,7 @@ from elastic_lightning.algorithms.execution import Execution
 from elastic_lightning.algorithms.language_model import LanguageModel
 from elastic_lightning.algorithms.ppo import PPO
 from elastic_lightning.algorithms.ppo_config import PPOConfig
+from elastic_lightning.algorithms.preference_model import PreferenceModel
 from elastic_lightning.algorithms.reward_model import LabelledTexts, RewardModel
 from elastic_lightning.algorithms.supervised import AdamWConfig
 from elastic_lightning.algorithms.translation_game import TranslationGame
@@ -16,6 +17,7 @@ __all__ = [
     "LabelledTexts",
     "LanguageModel",
     "PPOConfig",
+    "PreferenceModel",
     "RewardModel",
     "TranslationGame",
     "TranslationModel",

@@ -62,6 +62,10 @@ class Execution:
 
     def check(self, policy: ModelSource, unmerged_adapter: bool) -> None:
         """Raise a `UserError` for options that this policy, or one loaded from an unmerged adapter, cannot have."""
+        if self.rollout_dtype is not None and policy.quantization is not None:
+            raise UserError(
+                "execution.rollout_dtype and policy.quantization exclude each other: decode with the quantised base"
+            )
         if self.trainable_layers is not None and policy.lora is not None:
             raise UserError("execution.trainable_layers and policy.lora exclude each other: LoRA freezes the model")
         if self.trainable_layers is not None and unmerged_adapter:

@@ -44,9 +44,9 @@ def make_experience(
     Returns use the advantages *before* whitening, as they are targets in units of reward.
     """
     penalty = KL_ESTIMATORS[config.kl_estimator](rollout.logprobs, reference_logprobs)
-    rewards = (-kl_coefficient * penalty).masked_fill(~rollout.mask, 0)
-    last = rollout.mask.sum(dim=1) - 1
-    rewards = rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype))
+    rewards = -kl_coefficient * penalty
+    last = (rollout.mask.sum(dim=1) - 1).clamp(min=0)  # a response that is left out has no valid token
+    rewards = rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype)).masked_fill(~rollout.mask, 0)
     if config.whiten_rewards:
         rewards = whiten(rewards, rollout.mask, shift_mean=False)
     advantages, returns = gae(rewards, rollout.values, rollout.mask, config.gamma, config.lam)

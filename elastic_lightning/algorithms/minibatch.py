@@ -61,5 +61,7 @@ class Lengths(NamedTuple):
 def micro_batches(batch: MiniBatch, rows: Tensor, lengths: Lengths, size: int | None) -> Iterator[MiniBatch]:
     """The given rows (on the CPU), `size` at a time (all by default), rows of like length together and trimmed."""
     for part in lengths.order(rows).split(size or len(rows)):
-        prompt, response = (int(length[part].max()) for length in lengths)
-        yield batch.rows(part.to(batch.prompts.tokens.device)).trimmed(prompt, response)
+        prompt, response = (max(1, int(length[part].max())) for length in lengths)  # responses may all be left out
+        # Not blocking: the update waits for the device once a mini-batch, where it asks whether all is finite.
+        index = part.to(batch.prompts.tokens.device, non_blocking=True)
+        yield batch.rows(index).trimmed(prompt, response)

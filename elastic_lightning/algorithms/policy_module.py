@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -18,10 +18,22 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from elastic_lightning.algorithms.execution import Execution
+from elastic_lightning.algorithms.kept_weights import (
+    check_fingerprints,
+    check_weights,
+    fingerprint,
+    names_without,
+)
 from elastic_lightning.algorithms.memory import keep_memory_of_fit, weights_cast_once
 from elastic_lightning.algorithms.policy_metrics import PolicyMetrics
 from elastic_lightning.algorithms.ranks import any_rank, rows_of_ranks
-from elastic_lightning.algorithms.strategies import check_sharding, check_strategy, layer_dtype, load_sharded_optimizer
+from elastic_lightning.algorithms.strategies import (
+    check_shardable,
+    check_sharding,
+    check_strategy,
+    layer_dtype,
+    load_sharded_optimizer,
+)
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import (
     ActorCritic,
@@ -37,18 +49,21 @@ from elastic_lightning.policies import (
     Texts,
     as_policy,
     counter_uniforms,
+    draw_lengths,
     greedy,
     load_source,
     make_reference,
     sample,
 )
 from elastic_lightning.policies.loading import disable_dropout
+from elastic_lightning.policies.portions import Portions
 from elastic_lightning.policies.reference import ReferenceKind
 from elastic_lightning.policies.saving import save_model
 from elastic_lightning.policies.sharding import check_apart, filled, full, gathered, models_of, shard, skeleton
 from elastic_lightning.rewards import Reward, Scores, score
 
 VALIDATION_LOGITS = 2**24  # of policy and initial policy each that stand in memory at a time
+FROZEN_PARTS = ("actor", "initial", "reward", "receiver")  # where weights lie that checkpoints leave out
 VALIDATION_STEP = -1  # uniforms of validation are those of this step: every validation draws with the same luck
 
 
@@ -93,8 +108,11 @@ class PolicyModule(LightningModule):
         self.reference = make_reference(self.actor.lm, reference, loaded.unmerged_adapter)
         self.initial = self.reference  # what drift is measured against
         self.reward = reward
+        if isinstance(reward, Reward):
+            reward.bind(lm)
         self.sampling = sampling
         self.execution = execution
+        self.portions = Portions(execution.scoring_batch_size, "reading log-probabilities")
         lower = execution.rollout_dtype not in (None, policy.dtype)
         self.rollout_copy = RolloutCopy(lm, getattr(torch, execution.rollout_dtype)) if lower else None
         self._graph_samplers: dict[int, GraphSampler] = {}
@@ -103,6 +121,7 @@ class PolicyModule(LightningModule):
         self.policy_metrics = PolicyMetrics(metrics)
         self.sampling_seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.ppo_step = 0
+        self._fingerprints: dict[str, str] | None = None
         self._sharded: dict[str, torch.nn.Module] = {}  # what is sharded, by name; frozen and trained
         self._skeletons: dict[str, torch.nn.Module] = {}  # of what is sharded, without weights; no part of the module
         self._rows_drawn = 0  # of this evaluation, on all ranks
@@ -144,6 +163,7 @@ class PolicyModule(LightningModule):
         self.check_context(prompts.tokens.shape[1])
         rows = torch.arange(len(prompts.tokens), device=self.device) + first_row
         uniforms = counter_uniforms(self.sampling_seed, step, rows, self.sampling.max_new_tokens)
+        lengths = draw_lengths(self.sampling_seed, step, rows, self.sampling)
         lm = self.actor.lm if lm is None else lm
         ends = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         columns = GraphSampler.capacity(prompts.tokens.shape[1], self.sampling)
@@ -151,10 +171,10 @@ class PolicyModule(LightningModule):
             return sample(self.actor, prompts, self.sampling, uniforms, *ends, lm, going_on=any_rank)
         if self.device.type != "cuda" or not self.execution.cuda_graphs or not lm.takes_static_masks(columns):
             with weights_cast_once(self.device.type):
-                return sample(self.actor, prompts, self.sampling, uniforms, *ends, lm)
+                return sample(self.actor, prompts, self.sampling, uniforms, *ends, lm, lengths=lengths)
         if id(lm) not in self._graph_samplers:
             self._graph_samplers[id(lm)] = GraphSampler(self.actor, self.sampling, *ends, lm)
-        return self._graph_samplers[id(lm)](prompts, uniforms)
+        return self._graph_samplers[id(lm)](prompts, uniforms, lengths)
 
     def prompts(self, batch: Any) -> Prompts:
         """The prompts of a batch of the data module: the batch itself, where it holds nothing else."""
@@ -163,8 +183,9 @@ class PolicyModule(LightningModule):
     def score(self, batch: Any, responses: Responses) -> tuple[Texts, Scores]:
         """Texts of a batch with its responses, and their scores [B], on the module's device."""
         texts = self.actor.lm.decode(self.tokenizer, self.prompts(batch), responses)
-        total, components = score(self.reward, texts.prompts, texts.responses)
-        return texts, Scores(total.to(self.device), {name: part.to(self.device) for name, part in components.items()})
+        total, components, valid = score(self.reward, texts.prompts, texts.responses)
+        on_device = {name: part.to(self.device) for name, part in components.items()}
+        return texts, Scores(total.to(self.device), on_device, None if valid is None else valid.to(self.device))
 
     def rollout(self, prompts: Prompts, step: int, first_row: int = 0) -> Rollout:
         """`sample` for training: with the copy of the weights that `execution.rollout_dtype` asks for."""
@@ -187,7 +208,7 @@ class PolicyModule(LightningModule):
         """What leaves the frozen layers [B, P+T-1, H], where `execution.trainable_layers` froze some."""
         if self.execution.trainable_layers is None:
             return None
-        return torch.cat([self.actor.lm.trunk_hidden(*part[:2]) for part in self._chunks(prompts, responses)])
+        return torch.cat(self._in_portions(lambda *part: self.actor.lm.trunk_hidden(*part[:2]), prompts, responses))
 
     @torch.no_grad()
     def recompute(self, prompts: Prompts, rollout: Rollout, trunk: Tensor | None = None) -> Rollout:
@@ -195,10 +216,12 @@ class PolicyModule(LightningModule):
         `execution.recompute_logprobs` wants that; else the same rollout."""
         if not self.execution.recomputes(next(self.actor.lm.parameters()).dtype):
             return rollout
-        parts = [
-            self.actor.evaluate(*part, self.sampling.temperature, trunk=part_trunk)
-            for *part, part_trunk in self._chunks(prompts, rollout.responses, trunk)
-        ]
+        parts = self._in_portions(
+            lambda *part: self.actor.evaluate(*part[:2], self.sampling.temperature, trunk=part[2]),
+            prompts,
+            rollout.responses,
+            trunk,
+        )
         logprobs = torch.cat([part.logprobs for part in parts])
         values = torch.cat([part.values for part in parts]).masked_fill(~rollout.mask, 0)
         return rollout._replace(logprobs=logprobs, values=values)
@@ -206,26 +229,28 @@ class PolicyModule(LightningModule):
     def reference_logprobs(self, prompts: Prompts, responses: Responses, trunk: Tensor | None = None) -> Tensor:
         """Log-probabilities [B, T] of the responses under theta_0, at the sampling temperature."""
         with torch.inference_mode(not self._sharded):  # what is gathered in inference mode could not be trained
-            parts = [
-                self.reference.logprobs(*part, self.sampling.temperature, trunk=part_trunk)
-                for *part, part_trunk in self._chunks(prompts, responses, trunk)
-            ]
+            parts = self._in_portions(
+                lambda *part: self.reference.logprobs(*part[:2], self.sampling.temperature, trunk=part[2]),
+                prompts,
+                responses,
+                trunk,
+            )
         return torch.cat(parts)  # outside, where what is made may enter a graph
 
-    def _chunks(
-        self, prompts: Prompts, responses: Responses, trunk: Tensor | None = None, size: int | None = None
-    ) -> list[tuple[Prompts, Responses, Tensor | None]]:
-        """Rows of all three, `size` at a time (by default as many as `execution.scoring_batch_size`, or all)."""
-        rows = len(prompts.tokens)
-        size = size or self.execution.scoring_batch_size or rows
-        return [
-            (
-                Prompts(*(x[start : start + size] for x in prompts)),
-                Responses(*(x[start : start + size] for x in responses)),
-                None if trunk is None else trunk[start : start + size],
-            )
-            for start in range(0, rows, size)
-        ]
+    def _in_portions(
+        self,
+        function: Callable[[Prompts, Responses, Tensor | None], Any],
+        prompts: Prompts,
+        responses: Responses,
+        trunk: Tensor | None = None,
+    ) -> list[Any]:
+        """Results of a function of rows of all three, as many at a time as `execution.scoring_batch_size`, or all; half
+        as many, and for the rest of the run, where memory does not suffice."""
+
+        def part(rows: slice) -> Any:
+            return function(*_rows(rows, prompts, responses), None if trunk is None else trunk[rows])
+
+        return self.portions.run(part, len(prompts.tokens))
 
     # Validation, test, prediction -------------------------------------------------------------------------------
 
@@ -247,9 +272,10 @@ class PolicyModule(LightningModule):
         prompts = self.prompts(batch)
         rollout = self.sample(prompts, VALIDATION_STEP, self._first_row(prompts))
         texts, scores = self.score(batch, rollout.responses)
-        self.policy_metrics.update_samples(rollout.responses, texts.complete, scores.total)
+        scored = scores.total if scores.valid is None else scores.total[scores.valid]
+        self.policy_metrics.update_samples(rollout.responses, texts.complete, scored)
         self._measure_drift(prompts, rollout.responses)
-        return _rows(texts, scores, self.measure_texts(batch, texts))
+        return _as_dicts(texts, scores, self.measure_texts(batch, texts))
 
     def measure_texts(self, batch: Any, texts: Texts) -> dict[str, list[str]]:
         """Measure B sampled texts; further columns of B texts for whoever looks at samples."""
@@ -259,7 +285,9 @@ class PolicyModule(LightningModule):
     def _measure_drift(self, prompts: Prompts, sampled: Responses) -> None:
         """KL, entropy and fluency of sampled responses, in parts whose logits fit into memory."""
         whole = sampled.mask.shape[1] * self.actor.lm.config.vocab_size  # logits a row
-        for *part, _ in self._chunks(prompts, sampled, size=max(1, VALIDATION_LOGITS // whole)):
+        size = max(1, VALIDATION_LOGITS // whole)
+        for start in range(0, len(sampled.tokens), size):
+            part = _rows(slice(start, start + size), prompts, sampled)
             logits, initial = self.actor.lm.response_logits(*part), self.initial.response_logits(*part)
             self.policy_metrics.update_logits(part[1], logits, initial, self.sampling.temperature)
 
@@ -288,7 +316,7 @@ class PolicyModule(LightningModule):
         with self.gathered():
             rollout = self.sample(prompts, VALIDATION_STEP, self._first_row(prompts))
             texts, scores = self.score(batch, rollout.responses)
-        return _rows(texts, scores)
+        return _as_dicts(texts, scores)
 
     def on_validation_epoch_start(self) -> None:
         self._rows_drawn = 0
@@ -326,6 +354,8 @@ class PolicyModule(LightningModule):
         if self.device_mesh is None or self._sharded:
             return
         check_sharding(self.trainer, self.execution)
+        check_shardable(self.actor, self.reward)
+        self.fingerprints()  # while weights are whole
         roots = {"policy": self.actor}
         roots |= {"reference": self.reference} if isinstance(self.reference, torch.nn.Module) else {}
         roots |= {"initial": self.initial} if self.initial is not self.reference else {}
@@ -335,6 +365,10 @@ class PolicyModule(LightningModule):
         for root in (*roots.values(), *rewards):
             shard(root, self.device_mesh["data_parallel"], layer_dtype(self.trainer))
         self._sharded = roots
+        self.portions.fixed = True
+        for module in self.reward.modules() if isinstance(self.reward, torch.nn.Module) else ():
+            if isinstance(getattr(module, "portions", None), Portions):
+                module.portions.fixed = True
         self.register_state_dict_post_hook(_keep_trained)  # before what is frozen would be gathered for a checkpoint
 
     def gathered(self) -> AbstractContextManager:
@@ -362,30 +396,36 @@ class PolicyModule(LightningModule):
         """Keep what is trained; reward, reference and frozen base weights are loaded from where they came from."""
         kept = self._checkpointed_names()
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
-        checkpoint["ppo_step"] = self.ppo_step
+        checkpoint["ppo_step"], checkpoint["sampling_seed"] = self.ppo_step, self.sampling_seed
+        checkpoint["frozen"] = dict(self.fingerprints())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self._sharded:  # the strategy has taken the weights, and checked their names and shapes
             for optimizer, state in zip(self.trainer.optimizers, checkpoint.get("optimizer_states", []), strict=True):
                 load_sharded_optimizer(optimizer, state)
-            self._restore_counters(checkpoint)
-            return
-        saved, own = checkpoint["state_dict"], self.state_dict()
-        expected = self._checkpointed_names()
-        missing, unexpected = sorted(expected - set(saved)), sorted(set(saved) - expected)
-        shapes = [name for name in expected & set(saved) if saved[name].shape != own[name].shape]
-        if missing or unexpected or shapes:
-            example = (missing + unexpected + sorted(shapes))[0]
-            raise UserError(
-                f"the checkpoint is of another model: {len(missing)} weights missing, {len(unexpected)} unexpected, "
-                f"{len(shapes)} of another shape (e.g. {example}); use the config it was trained with"
-            )
-        self._restore_counters(checkpoint)
-
-    def _restore_counters(self, checkpoint: dict[str, Any]) -> None:
+        else:
+            check_weights(checkpoint["state_dict"], self.state_dict(), self._checkpointed_names())
         if "ppo_step" not in checkpoint:
             raise UserError("the checkpoint is not of a policy trained here: it holds no ppo_step")
+        frozen, seed = checkpoint.get("frozen", {}), checkpoint.get("sampling_seed", self.sampling_seed)
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            frozen.pop("reward", None)  # a policy may be measured by another reward, but not go on learning from it
+        elif seed != self.sampling_seed:
+            raise UserError(
+                f"the checkpoint is of a run with seed {seed}, and this one's is {self.sampling_seed}: "
+                "resume with the seed it was written with"
+            )
+        check_fingerprints(frozen, self.fingerprints())
         self.ppo_step = checkpoint["ppo_step"]
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of the weights that checkpoints leave out, by the module's part; taken once, for they do not change."""
+        if self._fingerprints is None:
+            trained = {name: value for name, value in self.named_parameters() if value.requires_grad}
+            left = names_without(state := self.state_dict(), trained)
+            parts = {name: {n: state[n] for n in left if n.startswith(f"{name}.")} for name in FROZEN_PARTS}
+            self._fingerprints = {name: fingerprint(weights) for name, weights in parts.items() if weights}
+        return self._fingerprints
 
     def _checkpointed_names(self) -> set[str]:
         named = self.named_parameters(remove_duplicate=False)  # a tied output layer is one under two names
@@ -411,16 +451,22 @@ def _keep_trained(module: PolicyModule, state: dict[str, Any], prefix: str, meta
         del state[name]
 
 
-def _rows(texts: Texts, scores: Scores, columns: dict[str, list[str]] | None = None) -> list[dict[str, Any]]:
-    """One dict of plain values a response; `columns` are further ones."""
+def _rows(rows: slice, prompts: Prompts, responses: Responses) -> tuple[Prompts, Responses]:
+    return Prompts(*(tensor[rows] for tensor in prompts)), Responses(*(tensor[rows] for tensor in responses))
+
+
+def _as_dicts(texts: Texts, scores: Scores, columns: dict[str, list[str]] | None = None) -> list[dict[str, Any]]:
+    """One dict of plain values a response; `columns` are further ones. A response that is masked has no reward."""
+    valid = [True] * len(scores.total) if scores.valid is None else scores.valid.tolist()
+    values = [value if kept else None for value, kept in zip(scores.total.tolist(), valid, strict=True)]
     return [
         {
             "prompt": texts.prompts[row],
             "response": texts.responses[row],
             "complete": texts.complete[row],
-            "reward": scores.total[row].item(),
+            "reward": values[row],
             **{f"reward_{name}": part[row].item() for name, part in scores.components.items()},
-            **{name: values[row] for name, values in (columns or {}).items()},
+            **{name: column[row] for name, column in (columns or {}).items()},
         }
         for row in range(len(texts.prompts))
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,19 +22,22 @@ from elastic_lightning.algorithms.experience import (
     make_experience,
     shape_scores,
 )
+from elastic_lightning.algorithms.faults import Faults, check_finite
 from elastic_lightning.algorithms.hyperparameters import from_plain
 from elastic_lightning.algorithms.minibatch import Lengths, MiniBatch, micro_batches
 from elastic_lightning.algorithms.policy_module import PolicyModule
 from elastic_lightning.algorithms.ppo_config import PPOConfig
-from elastic_lightning.algorithms.ranks import ScoredBatch, rows_of_ranks, several
+from elastic_lightning.algorithms.ranks import ScoredBatch, any_rank, rows_of_ranks, several
 from elastic_lightning.algorithms.schedules import schedule_factor
 from elastic_lightning.algorithms.supervised import can_fuse
-from elastic_lightning.errors import UserError
+from elastic_lightning.errors import NotFinite, UserError
 from elastic_lightning.functional import TokenLoss, kl_k1, kl_k3, masked_mean, ppo_policy_loss, ppo_value_loss
 from elastic_lightning.policies import (
     ModelSource,
     PairedTexts,
     Prompts,
+    Responses,
+    Rollout,
     Sampling,
     Texts,
     counter_uniforms,
@@ -41,7 +45,7 @@ from elastic_lightning.policies import (
 )
 from elastic_lightning.policies.reference import ReferenceKind
 from elastic_lightning.policies.sharding import full
-from elastic_lightning.rewards import Reward
+from elastic_lightning.rewards import Reward, Scores
 
 FIRST_RATIO_TOLERANCE = 0.05
 PERMUTATION_SEED = 0x5EED  # keeps the draws that order a batch apart from those that sample it
@@ -81,6 +85,8 @@ class PPO(PolicyModule):
         """
         policy, ppo = from_plain(ModelSource, policy), from_plain(PPOConfig, ppo)
         sampling, execution = from_plain(Sampling, sampling), from_plain(Execution, execution)
+        if ppo.missing_eos_penalty and not sampling.eos:
+            raise UserError("ppo.missing_eos_penalty needs sampling.eos: without an end every response would pay it")
         super().__init__(policy, reward, sampling, reference, separate_value_trunk, execution, metrics, seed)
         self.save_plain_hyperparameters(ignore=["reward", "metrics"])
         self.automatic_optimization = False
@@ -88,22 +94,38 @@ class PPO(PolicyModule):
         self.kl_controller = ppo.kl_controller()
         self.seconds: dict[str, float] = {}
         self.grad_norm = torch.tensor(0.0)
+        self.faults = Faults(ppo.max_skipped)
+        self.batch_skipped = False  # the last training batch taught nothing: weight callbacks leave it out
         if policy.lora is not None and policy.lora.dropout > 0:
             rank_zero_warn("lora.dropout is 0 in reinforcement learning: the value given is not used")
 
     # One PPO batch ----------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Prompts | NamedTuple, batch_idx: int) -> None:
+        self.batch_skipped = False
+        try:
+            self._learn_from(batch)
+        except NotFinite as fault:  # on all ranks alike
+            self._skip(fault)
+        # After the log, which shows the rate that this batch was trained with.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*lr_scheduler.step.*")  # skipped before the first optimizer step
+            self.lr_schedulers().step()
+
+    def _learn_from(self, batch: Prompts | NamedTuple) -> None:
+        """One PPO batch, from prompts to the log. NotFinite, on all ranks alike, says that it teaches nothing."""
         prompts = self.prompts(batch)
         self._check_prompts(prompts)
         with self.gathered(), self._timed("rollout"):
             first_row = sum(rows_of_ranks(len(prompts.tokens))[: self.global_rank])
             decoded = self.rollout(prompts, self.ppo_step, first_row)
         with self.gathered(), self._timed("scoring"):
-            texts, scores = self.score(batch, decoded.responses)
+            texts, scores = self._score_alike(batch, decoded.responses)
             trunk = self.trunk_hidden(prompts, decoded.responses)
             rollout = self.recompute(prompts, decoded, trunk)
+            recomputed = rollout is not decoded
             reference_logprobs = self.reference_logprobs(prompts, rollout.responses, trunk)
+            rollout, scores = self._left_out(rollout, scores)
             scored = ScoredBatch(prompts, rollout, scores, reference_logprobs, trunk, self.pairs(batch, texts))
             if several():
                 scored = scored.of_all_ranks()
@@ -112,12 +134,11 @@ class PPO(PolicyModule):
         experience = make_experience(scored.rollout, shaped, scored.reference_logprobs, coefficient, self.config)
         with self._timed("update"):
             losses = self.update(MiniBatch(scored.prompts, scored.rollout, experience, scored.trunk, scored.pairs))
-        if rollout is not decoded:
+        if recomputed:
             deviation = _ratio_deviation(rollout.logprobs - decoded.logprobs, rollout.mask)
             losses["rollout_ratio_deviation"] = self._max_over_ranks(deviation).item()
         self.ppo_step += 1
         self._log_batch(scored, experience, losses)
-        self.lr_schedulers().step()  # after the log, which shows the rate that this batch was trained with
 
     def update(self, batch: MiniBatch) -> dict[str, float]:
         """Epochs of mini-batches over one PPO batch, that of all ranks; returns what was measured on the way, averaged.
@@ -136,6 +157,7 @@ class PPO(PolicyModule):
                 if self._moved_too_far(statistics["approx_kl"]):
                     self.optimizers().zero_grad()
                     return self._summarise(measured, stopped=True)
+                self._check_finite(statistics)
                 self.optimizers().step()
                 measured["grad_norm"].append(self.grad_norm)
         return self._summarise(measured, stopped=False)
@@ -189,7 +211,7 @@ class PPO(PolicyModule):
         value_loss, value_clip_fraction = ppo_value_loss(
             evaluation.values, rollout.values, experience.returns, mask, config.value_clip
         )
-        loss = token_loss / mask.sum() + config.value_coefficient * value_loss
+        loss = token_loss / mask.sum().clamp(min=1) + config.value_coefficient * value_loss
         with torch.no_grad():
             policy_loss, clip_fraction = ppo_policy_loss(
                 evaluation.logprobs, rollout.logprobs, experience.advantages, mask, config.clip
@@ -259,13 +281,23 @@ class PPO(PolicyModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Here, and not before `step`, because a gradient scaler unscales on the way.
+        if self._scaled:
+            self._measure_gradient()
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        self.grad_norm = full(norm)
         limit = self.config.max_grad_norm
         # On a GPU, asking whether there is anything to clip would wait for it; on a CPU it saves a pass over the model.
         if limit is not None and (self.device.type != "cpu" or self.grad_norm > limit):
             clip_grads_with_norm_(parameters, limit, self.grad_norm)
+
+    def _measure_gradient(self) -> None:
+        parameters = [parameter for group in self.optimizers().param_groups for parameter in group["params"]]
+        norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        self.grad_norm = full(norm)
+
+    @property
+    def _scaled(self) -> bool:
+        """Whether a gradient scaler stands before the optimizer; it looks for infinite gradients, and expects some."""
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def _total_batches(self) -> float:
         """PPO batches of the whole run; infinite until the data is there, and when no end is set."""
@@ -289,6 +321,49 @@ class PPO(PolicyModule):
         block = getattr(self.trainer.strategy, "block_backward_sync", None)
         return block() if block is not None else nullcontext()
 
+    # Faults -----------------------------------------------------------------------------------------------------
+
+    def _score_alike(self, batch: Any, responses: Responses) -> tuple[Texts, Scores]:
+        """`score`; a reward that is not finite on one rank raises `NotFinite` on all of them."""
+        fault = None
+        try:
+            scored = self.score(batch, responses)
+        except NotFinite as error:
+            fault = error
+        if any_rank(torch.tensor([fault is not None], device=self.device)) and fault is None:
+            fault = NotFinite("reward", "on another rank")
+        if fault is not None:
+            raise fault
+        return scored
+
+    def _left_out(self, rollout: Rollout, scores: Scores) -> tuple[Rollout, Scores]:
+        """The rollout in which responses without a score have no valid token, so that nothing is learned from them."""
+        if scores.valid is None:
+            return rollout, scores
+        mask = rollout.mask & scores.valid[:, None]
+        left = Rollout(rollout.tokens, mask, *(part.masked_fill(~mask, 0) for part in rollout[2:]))
+        return left, scores._replace(valid=None)
+
+    def _check_finite(self, statistics: dict[str, Tensor]) -> None:
+        """Raise NotFinite, on all ranks alike, where losses or gradient are not: before the step is taken."""
+        losses = {name: value for name, value in statistics.items() if name.endswith("_loss")}
+        if not self._scaled:
+            self._measure_gradient()
+        check_finite(losses, None if self._scaled else self.grad_norm, statistics["ratio"])
+
+    def _skip(self, fault: NotFinite) -> None:
+        """Give a batch up: steps taken before the fault stay, the clock and the schedule go on, the KL controller does
+        not move, and weight callbacks leave the batch out of their average.
+
+        Raises:
+            UserError: more than ppo.max_skipped batches.
+        """
+        self.optimizers().zero_grad()
+        self.batch_skipped = True
+        self.ppo_step += 1
+        self.faults.skip(fault, self.ppo_step)
+        self.log_scalars(self.faults.scalars())
+
     # Measuring --------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -305,6 +380,7 @@ class PPO(PolicyModule):
 
     def _summarise(self, measured: dict[str, list[Tensor]], stopped: bool) -> dict[str, float]:
         """Means over mini-batches, and the ratio of the first one, which must be 1."""
+        self.faults.warn_of_ratio(torch.stack(measured["ratio"]).tolist(), self.ppo_step + 1)
         summary = {name: torch.stack(values).mean().item() for name, values in measured.items()}
         summary["first_ratio"] = measured["ratio"][0].item()
         summary["first_ratio_deviation"] = measured["ratio_deviation"][0].item()
@@ -324,6 +400,8 @@ class PPO(PolicyModule):
         k1 = kl_k1(rollout.logprobs, scored.reference_logprobs).masked_fill(~mask, 0)
         k3 = kl_k3(rollout.logprobs, scored.reference_logprobs).masked_fill(~mask, 0)
         sums = {
+            "rows": mask.any(dim=1).sum(),
+            "left_out": (~mask.any(dim=1)).sum(),
             "tokens": mask.sum(),
             "reward": scores.total.sum(),
             "reward_squared": scores.total.square().sum(),
@@ -335,7 +413,7 @@ class PPO(PolicyModule):
         }
         packed = torch.stack([value.to(self.device, torch.float64) for value in sums.values()])
         total = dict(zip(sums, packed.tolist(), strict=True))
-        rows, tokens = len(mask), total["tokens"]
+        rows, tokens = total["rows"], total["tokens"]
         mean = total["reward"] / rows
         kl = total["k1"] / rows
         values = {
@@ -358,11 +436,13 @@ class PPO(PolicyModule):
             },
             **losses,
         }
-        self.kl_controller.update(kl, rows)
+        self.kl_controller.update(kl, int(rows))
         speed = {f"time/{name}_seconds": seconds for name, seconds in self.seconds.items()}
         speed |= {f"time/{name}_tokens_per_second": tokens / seconds for name, seconds in self.seconds.items()}
         speed["time/samples_per_second"] = rows / sum(self.seconds.values())
-        self.log_scalars({f"train/{name}": value for name, value in values.items()} | speed)
+        self.faults.masked += int(total["left_out"])
+        faults = self.faults.scalars() if total["left_out"] else {}
+        self.log_scalars({f"train/{name}": value for name, value in values.items()} | speed | faults)
         self.log_dict({f"train/{name}": value for name, value in values.items()} | speed, logger=False)
 
     # Checks and checkpoints -------------------------------------------------------------------------------------
@@ -379,10 +459,13 @@ class PPO(PolicyModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["kl_controller"] = self.kl_controller.state_dict()
+        checkpoint["faults"] = self.faults.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.kl_controller.load_state_dict(checkpoint["kl_controller"])
+        if "faults" in checkpoint:  # not in those of earlier versions
+            self.faults.load_state_dict(checkpoint["faults"])
 
 
 def _ratio_deviation(log_ratio: Tensor, mask: Tensor) -> Tensor:

@@ -49,6 +49,8 @@ class PPOConfig:
         adam_eps: of AdamW.
         schedule: of the learning rate over PPO batches, after the warm-up.
         warmup: PPO batches of linear warm-up.
+        max_skipped: PPO batches of a run that may be skipped because a reward, a loss or the gradient is NaN or
+            infinite; one more stops the run, and with 0 the first does.
     """
 
     epochs: int = 4
@@ -79,6 +81,7 @@ class PPOConfig:
     adam_eps: float = 1e-8
     schedule: Schedule = "constant"
     warmup: int = 0
+    max_skipped: int = 5
 
     def __post_init__(self) -> None:
         for name in ("epochs", "mini_batches"):
@@ -100,8 +103,9 @@ class PPOConfig:
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"ppo.{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.kl_coefficient < 0:
-            raise UserError(f"ppo.kl_coefficient must be 0 or more, got {self.kl_coefficient}")
+        for name in ("kl_coefficient", "max_skipped"):
+            if getattr(self, name) < 0:
+                raise UserError(f"ppo.{name} must be 0 or more, got {getattr(self, name)}")
 
     def kl_controller(self) -> FixedKL | AdaptiveKL:
         """The controller that `kl_penalty` names."""

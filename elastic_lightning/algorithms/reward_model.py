@@ -1,4 +1,4 @@
-"""Supervised training of a reward model: a sequence classifier on labels."""
+"""Supervised training of a reward model on labels: a sequence classifier."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
-from transformers import AutoModelForSequenceClassification
 
 from elastic_lightning.algorithms.hyperparameters import from_plain
 from elastic_lightning.algorithms.supervised import AdamWConfig, SupervisedModule
 from elastic_lightning.policies import ModelSource, load_tokenizer
-from elastic_lightning.policies.loading import add_lora, from_architecture, from_path
+from elastic_lightning.policies.classifier import new_classifier
 
 
 class LabelledTexts(NamedTuple):
@@ -48,13 +47,7 @@ class RewardModel(SupervisedModule):
             "id2label": dict(enumerate(labels)),
             "label2id": {label: index for index, label in enumerate(labels)},
         }
-        if classifier.architecture is not None:
-            model = from_architecture(AutoModelForSequenceClassification, classifier, self.tokenizer, **names)
-        else:
-            model = from_path(AutoModelForSequenceClassification, classifier, **names)
-        if classifier.lora is not None:
-            model = add_lora(model, classifier.lora, task_type="SEQ_CLS")
-        self.model = model.train()
+        self.model = new_classifier(classifier, self.tokenizer, **names).train()
         self.optimizer_config = optimizer
         self.accuracy = MulticlassAccuracy(len(labels), average="micro")
 

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from lightning import Trainer
+from torch import nn
 from torch.optim import Optimizer
 
 from elastic_lightning.algorithms.execution import Execution
 from elastic_lightning.errors import UserError
+from elastic_lightning.rewards import AdapterReward
 
 REFUSED = {
     "FSDPStrategy": "keeps weights in flat parameters without their names",
@@ -49,6 +51,15 @@ def check_sharding(trainer: Trainer, execution: Execution) -> None:
     for option in ("rollout_dtype", "trainable_layers", "compile"):
         if getattr(execution, option):
             raise UserError(f"execution.{option} does not work with sharded weights: leave it out, or use ddp")
+
+
+def check_shardable(policy: nn.Module, reward: Any) -> None:
+    """Raise a `UserError` for a policy or a reward whose weights cannot be sharded."""
+    if not all(parameter.is_floating_point() for parameter in policy.parameters()):
+        raise UserError("policy.quantization does not work with sharded weights: leave it out, or use ddp")
+    parts = reward.modules() if isinstance(reward, nn.Module) else ()
+    if any(isinstance(part, AdapterReward) for part in parts):
+        raise UserError("AdapterReward shares the policy's weights, which cannot be sharded then: merge it, or use ddp")
 
 
 @torch.no_grad()

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
+from elastic_lightning.algorithms.kept_weights import (
+    check_fingerprints,
+    check_weights,
+    fingerprint,
+    frozen_part,
+    names_without,
+)
 from elastic_lightning.algorithms.memory import keep_memory_of_fit
 from elastic_lightning.algorithms.schedules import Schedule, schedule_factor
 from elastic_lightning.errors import UserError
@@ -55,6 +64,10 @@ class SupervisedModule(LightningModule):
     model: nn.Module
     optimizer_config: AdamWConfig
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.strict_loading = False  # frozen weights stay out of checkpoints; on_load_checkpoint checks the rest
+
     def setup(self, stage: str) -> None:
         keep_memory_of_fit(self.trainer, stage)
 
@@ -71,11 +84,35 @@ class SupervisedModule(LightningModule):
             betas=tuple(config.betas),
             fused=can_fuse(self.trainer, self.device) or None,
         )
-        total = self.trainer.estimated_stepping_batches
         scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: schedule_factor(config.schedule, step, config.warmup, total)
+            optimizer, lambda step: schedule_factor(config.schedule, step, config.warmup, self._total_steps(step))
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _total_steps(self, step: int) -> float:
+        """Optimizer steps of the run. Not asked for before the first, whose rate does not depend on it: the question
+        makes Lightning build the loader, and a resumed run's must be built after the checkpoint is read."""
+        return self.trainer.estimated_stepping_batches if step > 0 else float("inf")
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Dropout is a function of (seed, step, rank): a resumed run drops what the unbroken one would."""
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        words = [seed, self.global_step, batch_idx, self.global_rank]
+        torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out what is frozen: it is loaded from where it came from."""
+        state, frozen = checkpoint["state_dict"], frozen_part(self)
+        kept = names_without(self.state_dict(), frozen)
+        checkpoint["state_dict"] = {name: value for name, value in state.items() if name in kept}
+        if frozen:
+            checkpoint["frozen"] = {"base": fingerprint(frozen)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own, frozen = self.state_dict(), frozen_part(self)
+        check_weights(checkpoint["state_dict"], own, names_without(own, frozen))
+        if "frozen" in checkpoint:
+            check_fingerprints(checkpoint["frozen"], {"base": fingerprint(frozen)})
 
     def shadowed_parameters(self) -> dict[str, torch.Tensor]:
         """The weights that weight callbacks average: the trainable ones."""

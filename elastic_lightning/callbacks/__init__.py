@@ -10,6 +10,7 @@ from elastic_lightning.callbacks.elastic_reset import (
     ResetToInitial,
 )
 from elastic_lightning.callbacks.iterated_learning import IteratedLearning
+from elastic_lightning.callbacks.preemption import Preemption
 from elastic_lightning.callbacks.progress import RunProgress
 from elastic_lightning.callbacks.samples import ResponseWriter, SampleLogger
 from elastic_lightning.callbacks.saving import BatchCheckpoint, SavePretrained
@@ -23,6 +24,7 @@ __all__ = [
     "ElasticReset",
     "HareTortoise",
     "IteratedLearning",
+    "Preemption",
     "ReferenceReset",
     "ResetToInitial",
     "ResponseWriter",

@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
+from elastic_lightning.callbacks.durable import DurableCheckpointIO, sync_folder
+from elastic_lightning.callbacks.position import Position
+from elastic_lightning.callbacks.run_log import mark, rewind
 from elastic_lightning.errors import UserError
+from elastic_lightning.policies.saving import check_mergeable
 
 
 class SavePretrained(Callback):
@@ -35,6 +40,10 @@ class SavePretrained(Callback):
     ) -> None:
         self.monitor, self.mode, self.adapter, self.folder = monitor, mode, adapter, folder
         self.best: float | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and self.adapter == "merged":
+            check_mergeable(pl_module)  # now, not after hours of training
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit":
@@ -78,39 +87,103 @@ class BatchCheckpoint(Checkpoint):
     """Saves ``<run folder>/checkpoints/batch_<n>.ckpt`` every `every` training batches, and keeps the last ones.
 
     For PPO a training batch is a PPO batch; Lightning's ModelCheckpoint counts optimizer steps, of which a PPO batch
-    has many and, with early stopping, not always as many. A file appears under its name when it is whole.
+    has many and, with early stopping, not always as many. A batch is saved when all that follows it is done, its
+    validation too: before the next batch, or at the epoch's end. A file appears under its name when it is whole and on
+    the disk. A run that resumes from one takes the very next batch; what was logged after the checkpoint is removed.
 
     Args:
         every: training batches between checkpoints.
         keep: how many of the latest stay.
+
+    Raises:
+        UserError: a checkpoint cannot be written (those before stay as they are), or the run's folder is gone.
     """
 
-    def __init__(self, every: int, keep: int = 2) -> None:
+    def __init__(self, every: int = 50, keep: int = 2) -> None:
         if every < 1 or keep < 1:
             raise UserError(f"BatchCheckpoint: every and keep must be 1 or more, got {every} and {keep}")
         self.every, self.keep = every, keep
-        self.batches = 0
+        self.batches = 0  # training batches done
+        self.saved = 0  # of the last checkpoint
+        self.last: Path | None = None  # checkpoint
+        self._saving = False
+        self._resumed: Position | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = DurableCheckpointIO()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._resumed is not None:
+            self._resumed.enter(trainer)
+            self._resumed = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.batches += 1
-        if self.batches % self.every == 0 and not trainer.fast_dev_run:
-            self._save(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx % trainer.accumulate_grad_batches == 0:  # a gradient on its way is not kept
+            self._save_if_due(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save_if_due(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         return {"batches": self.batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.batches = state_dict["batches"]
+        self.batches = self.saved = state_dict["batches"]
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["run_log"] = mark(trainer)
+        if self._saving:  # others save where they like, within a batch too
+            checkpoint["position"] = Position.of(trainer)._asdict()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != "fit":
+            return
+        trainer.num_sanity_val_steps = 0  # the start was validated when the run began
+        rewind(trainer, checkpoint.get("run_log", {}))
+        if "position" in checkpoint:
+            self._resumed = Position(**checkpoint["position"])
+            self._resumed.restore(checkpoint["loops"]["fit_loop"], trainer.max_epochs)
+
+    def save(self, trainer: Trainer) -> Path:
+        """Write the checkpoint of the batches done, unless it stands already; to be called between two batches."""
+        if self.last is None or self.saved != self.batches:
+            self._save(trainer)
+        return self.last
+
+    def _save_if_due(self, trainer: Trainer) -> None:
+        if self.batches // self.every > self.saved // self.every and not trainer.fast_dev_run:
+            self.save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+        if self.last is not None and not folder.is_dir():
+            raise UserError(f"the run's folder is gone: {folder} (the last checkpoint was {self.last.name})")
         target = folder / f"batch_{self.batches:06d}.ckpt"
-        trainer.save_checkpoint(target.with_suffix(".writing"), weights_only=False)
-        if trainer.is_global_zero:
-            os.replace(target.with_suffix(".writing"), target)
-            # What counts higher is of another run in the same folder, and would push out the file just written.
-            mine = sorted(path for path in folder.glob("batch_*.ckpt") if path <= target)
-            for old in mine[: -self.keep]:
+        self._saving = True
+        try:
+            trainer.save_checkpoint(target.with_suffix(".writing"), weights_only=False)
+            if trainer.is_global_zero:
+                os.replace(target.with_suffix(".writing"), target)
+                sync_folder(folder)
+                self._remove_old(folder, target)
+        except OSError as error:
+            kept = f"the last good checkpoint is {self.last}" if self.last else "there is none before it"
+            raise UserError(f"cannot write {target}: {error.strerror or error}; {kept}") from error
+        finally:
+            self._saving = False
+        self.saved, self.last = self.batches, target
+
+    def _remove_old(self, folder: Path, target: Path) -> None:
+        # What counts higher is of another run in the same folder, and would push out the file just written.
+        mine = sorted(path for path in folder.glob("batch_*.ckpt") if path <= target)
+        for old in [*mine[: -self.keep], *folder.glob("*.writing")]:  # and what a killed run was writing
+            if old.is_dir():
+                shutil.rmtree(old)
+            else:
                 old.unlink()

@@ -28,6 +28,8 @@ class WeightSets(Callback):
     its value head), else all trainable parameters. The average is float32 whatever the parameters are: in bfloat16 a
     step of 0.005 rounds to nothing. Everything is in place, so the optimizer keeps its state and its tensors.
 
+    A batch that the module skipped (it says so in `batch_skipped`) counts, and leaves the average where it was.
+
     Subclasses override `reset` (and, to follow the average, `after_update`), and may override `before_reset` and
     `after_reset`. Other callbacks and the module itself are told too: their methods ``on_before_reset(trainer,
     pl_module)`` and ``on_after_reset(trainer, pl_module)`` are called where they have them.
@@ -196,11 +198,12 @@ class WeightSets(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.batches += 1
-        if self._watched:
+        skipped = getattr(pl_module, "batch_skipped", False)
+        if self._watched and not skipped:
             after = {f"{self._tag}/{name}_after": value for name, value in _watch(trainer).items()}
             self._log(trainer, pl_module, after)
             self._watched = {}
-        if self.uses_ema and self.update_on == "batch":
+        if self.uses_ema and self.update_on == "batch" and not skipped:
             self.update()
         if self.every is not None and self.batches % self.every == 0:
             self._reset(trainer, pl_module)

@@ -6,6 +6,7 @@ from elastic_lightning.data.pairs import PairsDataModule
 from elastic_lightning.data.parallel import ParallelText
 from elastic_lightning.data.reviews import Reviews, ReviewsDataModule
 from elastic_lightning.data.sentences import SentencesDataModule
+from elastic_lightning.data.stack_exchange import StackExchangeDataModule
 from elastic_lightning.data.toy import ToyReviewsDataModule
 from elastic_lightning.data.toy_metrics import ToyAcceptance, ToyNLL
 from elastic_lightning.data.toy_translation import ToyTranslationDataModule, ToyTranslationGameDataModule
@@ -21,6 +22,7 @@ __all__ = [
     "Reviews",
     "ReviewsDataModule",
     "SentencesDataModule",
+    "StackExchangeDataModule",
     "ToyAcceptance",
     "ToyEnglishAcceptance",
     "ToyExactMeaning",

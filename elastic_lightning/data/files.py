@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies.loading import hub_offline
@@ -27,7 +28,7 @@ def read_splits(path: str | Path) -> dict[str, Dataset]:
     if not path.exists():
         raise UserError(f"data path {path} does not exist")
     if path.is_file():
-        return {"train": _read(path)}
+        return {"train": read_table(path)}
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return _read_saved(path)
     files = {
@@ -36,7 +37,51 @@ def read_splits(path: str | Path) -> dict[str, Dataset]:
     if "train" not in files:
         found = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
         raise UserError(f"no train.jsonl(.gz), train.csv or train.parquet in {path}; it holds {found}")
-    return {split: _read(file) for split, file in files.items()}
+    return {split: read_table(file) for split, file in files.items()}
+
+
+def table_files(folder: Path) -> list[Path]:
+    """The files of a folder that `read_table` reads, in the order of their names."""
+    return [file for file in sorted(folder.iterdir()) if file.is_file() and _kind(file)]
+
+
+def read_table(file: Path) -> Dataset:
+    """Read one file of JSONL, CSV (both also gzipped) or Parquet.
+
+    Raises:
+        UserError: it cannot be read, or holds no rows.
+    """
+    import datasets
+
+    kind = _kind(file)
+    if kind is None:
+        raise UserError(f"cannot read {file}: give .jsonl, .csv (both also .gz) or .parquet")
+    log = datasets.utils.logging
+    level = log.get_verbosity()
+    try:
+        log.set_verbosity(log.CRITICAL)  # it prints the traceback of what it raises
+        data = datasets.load_dataset(kind, data_files=str(file), split="train")
+    except Exception as error:
+        raise UserError(f"cannot read {file} as {kind}: {_cause(error)}; is it empty or damaged?") from error
+    finally:
+        log.set_verbosity(level)
+    if len(data) == 0:
+        raise UserError(f"{file} holds no rows")
+    return data
+
+
+def read_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of such a file, one by one.
+
+    Raises:
+        UserError: it cannot be read, or holds no rows.
+    """
+    try:
+        for chunk in read_table(file).iter(batch_size=1000):
+            for values in zip(*chunk.values(), strict=True):
+                yield dict(zip(chunk, values, strict=True))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} holds text that is not UTF-8: convert the file") from error
 
 
 def read_hub(name: str, option: str = "data.init_args.path") -> dict[str, Dataset]:
@@ -58,31 +103,41 @@ def read_hub(name: str, option: str = "data.init_args.path") -> dict[str, Datase
         ) from error
 
 
+def stream_rows(name: str, folder: str, option: str = "data.init_args.path") -> Iterator[dict[str, Any]]:
+    """The rows below one folder of a data set on the hub, or of a local copy of it, read one by one as they are needed.
+
+    Raises:
+        UserError: it cannot be reached or read; the message names the `option` to give for local files.
+    """
+    import datasets
+
+    local = Path(name).expanduser().is_dir()
+    if not local and hub_offline():
+        datasets.config.HF_HUB_OFFLINE = True  # look at once for what was downloaded before
+    try:
+        where = str(Path(name).expanduser()) if local else name
+        yield from datasets.load_dataset(where, data_dir=folder, split="train", streaming=True)
+    except Exception as error:
+        cause = _cause(error)
+        if local:
+            raise UserError(f"cannot read {name}/{folder}: {cause}; is it empty or damaged?") from error
+        raise UserError(
+            f"cannot read {folder} of the data set {name!r} from the hub ({cause}); for local files give {option}"
+        ) from error
+
+
 def column(data: Dataset, name: str, option: str) -> list:
     """One column as a list.
 
     Raises:
-        UserError: it is not there; the message lists those that are and names the `option` to set.
+        UserError: it is not there (the message lists those that are and names the `option` to set), or is not UTF-8.
     """
     if name not in data.column_names:
         raise UserError(f"the data has no column {name!r}, only {data.column_names}; set {option}")
-    return list(data[name])
-
-
-def _read(file: Path) -> Dataset:
-    import datasets
-
-    kind = _kind(file)
-    if kind is None:
-        raise UserError(f"cannot read {file}: give .jsonl, .csv (both also .gz) or .parquet")
     try:
-        data = datasets.load_dataset(kind, data_files=str(file), split="train")
-    except Exception as error:
-        cause = f"{error.__cause__ or error}".strip().split("\n")[0][:200] or type(error).__name__
-        raise UserError(f"cannot read {file} as {kind}: {cause}; is it empty or damaged?") from error
-    if len(data) == 0:
-        raise UserError(f"{file} holds no rows")
-    return data
+        return list(data[name])
+    except UnicodeDecodeError as error:
+        raise UserError(f"the column {name!r} holds text that is not UTF-8: convert the file") from error
 
 
 def _read_saved(folder: Path) -> dict[str, Dataset]:
@@ -97,6 +152,11 @@ def _read_saved(folder: Path) -> dict[str, Dataset]:
 
 def _stem(file: Path) -> str:
     return file.name.split(".")[0].split("-")[0]
+
+
+def _cause(error: Exception) -> str:
+    """The first line of what went wrong."""
+    return f"{error.__cause__ or error}".strip().split("\n")[0][:200] or type(error).__name__
 
 
 def _kind(file: Path) -> str | None:

@@ -89,8 +89,12 @@ class IMDBDataModule(ReviewsDataModule):
         labels = column(data, self.label_column, "data.init_args.label_column")
         if any(text is None for text in texts):
             raise UserError(f"the column {self.text_column!r} has empty entries: drop those rows")
+        other = next((text for text in texts if not isinstance(text, str)), None)
+        if other is not None:
+            raise UserError(f"the column {self.text_column!r} must hold text, it holds {other!r}")
         if not set(labels) <= {0, 1}:
-            raise UserError(f"the column {self.label_column!r} must hold 0 and 1, it holds {sorted(set(labels))[:5]}")
+            held = sorted(set(labels), key=str)[:5]
+            raise UserError(f"the column {self.label_column!r} must hold 0 and 1, it holds {held}")
         cleaned = [" ".join(text.replace("<br />", " ").split()) for text in texts]
         keep = [index for index, text in enumerate(cleaned) if text]
         return Reviews([cleaned[index] for index in keep], [labels[index] for index in keep])

@@ -9,6 +9,8 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from elastic_lightning.callbacks.position import Position
+from elastic_lightning.data.loader import ResumableLoader
 from elastic_lightning.data.sampler import EpochSampler, even_batch_size
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import load_tokenizer
@@ -43,6 +45,10 @@ class TextDataModule(LightningDataModule):
         """Rank of this process and number of processes."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
+    def position(self) -> Position:
+        """How far the trainer has come in the training data."""
+        return Position.of(self.trainer)
+
     def dataloader(
         self, rows: Sequence[Any], batch_size: int, shuffle: bool, collate: Callable[[list[Any]], Any]
     ) -> DataLoader:
@@ -57,4 +63,6 @@ class TextDataModule(LightningDataModule):
         if not shuffle:
             batch_size = even_batch_size(len(rows), batch_size, ranks)
         sampler = EpochSampler(len(rows), batch_size, self.seed, shuffle, *self.process)
-        return DataLoader(rows, batch_size=batch_size, sampler=sampler, collate_fn=collate)
+        if not shuffle:
+            return DataLoader(rows, batch_size=batch_size, sampler=sampler, collate_fn=collate)
+        return ResumableLoader(self.position, rows, batch_size=batch_size, sampler=sampler, collate_fn=collate)

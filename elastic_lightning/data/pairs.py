@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from elastic_lightning.data.corpus import Corpus, in_languages, rows, some_of, take
+from elastic_lightning.data.loader import ResumableLoader
 from elastic_lightning.data.module import TextDataModule
 from elastic_lightning.data.sampler import EndlessSampler, LengthSampler, sorted_in_batches
 from elastic_lightning.data.tokenizers import train_bpe
@@ -170,7 +171,8 @@ class PairsDataModule(TextDataModule):
     def _train_loader(self, endless: bool) -> DataLoader:
         kept = self.training_rows()
         sampler = self._train_sampler(kept)
-        return DataLoader(
+        return ResumableLoader(
+            self.position,
             kept,
             batch_sampler=EndlessSampler(sampler) if endless else sampler,
             collate_fn=functools.partial(self.paired, "train"),

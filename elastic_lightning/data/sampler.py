@@ -1,4 +1,4 @@
-"""The order of the data, as a pure function of (seed, epoch)."""
+"""The order of the data, as a pure function of (seed, epoch); any batch of an epoch can be the first."""
 
 from __future__ import annotations
 
@@ -31,26 +31,35 @@ class EpochSampler(Sampler[int]):
     ) -> None:
         self.size, self.batch_size, self.seed, self.shuffle = size, batch_size, seed, shuffle
         self.rank, self.world_size, self.epoch = rank, world_size, 0
+        self.skip = 0  # batches that the next iteration leaves out, and it alone
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before each epoch."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
+        skip, self.skip = self.skip, 0
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
             order = torch.randperm(self.size, generator=generator).tolist()
         else:
             order = list(range(self.size))
+        for start, end in self._slices()[skip:]:
+            yield from order[start:end]
+
+    def __len__(self) -> int:
+        return sum(end - start for start, end in self._slices())
+
+    def _slices(self) -> list[tuple[int, int]]:
+        """Where in an epoch's order this rank's batches begin and end."""
         step = self.batch_size * self.world_size
         end = self.size - self.size % step if self.shuffle else self.size
+        slices = []
         for start in range(0, end, step):
             rows = min(step, end - start)  # the last batch is as even as it can be
             first, beyond = (start + rows * rank // self.world_size for rank in (self.rank, self.rank + 1))
-            yield from order[first:beyond]
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+            slices.append((first, beyond))
+        return slices
 
 
 class LengthSampler(Sampler[list[int]]):
@@ -83,6 +92,7 @@ class LengthSampler(Sampler[list[int]]):
         if (batch_size is None) == (batch_tokens is None):
             raise ValueError("give exactly one of batch_size and batch_tokens")
         self.seed, self.rank, self.world_size, self.epoch = seed, rank, world_size, 0
+        self.skip = 0  # batches that the next iteration leaves out, and it alone
         self.rows = torch.arange(len(lengths))
         if times is not None:
             self.rows = self.rows.repeat_interleave(torch.tensor(times))
@@ -103,13 +113,14 @@ class LengthSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
+        skip, self.skip = self.skip, 0
         if not self.ends:
             return
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.rows), generator=generator)[: self.ends[-1]]
         order = order[self.lengths[order].argsort(stable=True)]
         starts = [0, *self.ends[:-1]]
-        for batch in torch.randperm(len(self.ends), generator=generator).tolist():
+        for batch in torch.randperm(len(self.ends), generator=generator).tolist()[skip:]:
             share = order[starts[batch] : self.ends[batch]].tensor_split(self.world_size)[self.rank]
             yield self.rows[share].tolist()
 
@@ -125,6 +136,7 @@ class EndlessSampler(Sampler[list[int]]):
 
     def __init__(self, epochs: LengthSampler) -> None:
         self.epochs, self.epoch = epochs, 0
+        self.skip = 0  # batches that the next iteration leaves out, and it alone
 
     @property
     def sampler(self) -> EndlessSampler:
@@ -136,8 +148,11 @@ class EndlessSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        for cycle in itertools.count():
+        skip, self.skip = self.skip, 0
+        whole, rest = divmod(skip, len(self.epochs))
+        for cycle in itertools.count(whole):
             self.epochs.set_epoch(self.epoch + cycle * CYCLE)
+            self.epochs.skip = rest if cycle == whole else 0
             yield from self.epochs
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -40,6 +41,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--vocabulary", type=int, default=8192, help="number of tokens")
     parser.add_argument("--output", type=str, required=True, help="folder to write")
     arguments = parser.parse_args(argv)
+    if Path(arguments.output).is_file():
+        raise UserError(f"--output is a folder to write, and {arguments.output} is a file")
     tokenizer = parser.instantiate_classes(arguments).data.train_tokenizer(arguments.vocabulary)
     tokenizer.save_pretrained(arguments.output)
     print(f"tokenizer of {len(tokenizer)} tokens in {arguments.output}")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from elastic_lightning.data.parallel import read_lines
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import (
     ActorCritic,
@@ -20,10 +20,12 @@ from elastic_lightning.policies import (
     Sampling,
     as_policy,
     counter_uniforms,
+    draw_lengths,
     load_policy,
     load_source,
     sample,
 )
+from elastic_lightning.policies.checkpoints import read_checkpoint
 
 
 def generate(
@@ -34,8 +36,11 @@ def generate(
     seed: int = 1,
     samples: int = 1,
     batch_size: int = 32,
+    first_row: int = 0,
 ) -> list[dict[str, Any]]:
     """Draw `samples` responses to each prompt; one dict of prompt, response and complete for each.
+
+    Row after row has random numbers of its own, counted from `first_row`.
 
     Raises:
         UserError: a prompt has no tokens, or does not fit the model's context with its response.
@@ -45,9 +50,11 @@ def generate(
     for start in range(0, len(repeated), batch_size):
         batch = _encode(policy, tokenizer, repeated[start : start + batch_size])
         policy.lm.check_context(batch.tokens.shape[1], sampling.max_new_tokens)
-        index = torch.arange(len(batch.tokens), device=batch.tokens.device) + start
+        index = torch.arange(len(batch.tokens), device=batch.tokens.device) + first_row + start
         uniforms = counter_uniforms(seed, 0, index, sampling.max_new_tokens)
-        rollout = sample(policy, batch, sampling, uniforms, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        lengths = draw_lengths(seed, 0, index, sampling)
+        ends = tokenizer.eos_token_id, tokenizer.pad_token_id
+        rollout = sample(policy, batch, sampling, uniforms, *ends, lengths=lengths)
         texts = policy.lm.decode(tokenizer, batch, rollout.responses)
         rows += [
             {"prompt": prompt, "response": response, "complete": complete}
@@ -59,14 +66,16 @@ def generate(
 def main(argv: list[str]) -> int:
     """Parse the arguments, sample, print or write JSONL."""
     arguments = _parser().parse_args(argv)
+    _check(arguments)
     if not arguments.prompt and not arguments.prompts_file:
         raise UserError("no prompts: give --prompt TEXT (as often as you like) or --prompts_file FILE, one a line")
-    prompts = arguments.prompt + (_read_lines(arguments.prompts_file) if arguments.prompts_file else [])
+    file = arguments.prompts_file
+    prompts = arguments.prompt + ([line for line in read_lines(Path(file)) if line.strip()] if file else [])
     sampling = Sampling(
         arguments.max_new_tokens, arguments.min_new_tokens, arguments.temperature, arguments.top_k, arguments.top_p
     )
     policy, tokenizer = load(arguments.model)
-    policy.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    _place(policy, arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rows = generate(policy, tokenizer, prompts, sampling, arguments.seed, arguments.samples, arguments.batch_size)
     if arguments.output:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -83,12 +92,7 @@ def load(path: str) -> tuple[ActorCritic, PreTrainedTokenizerBase]:
     if not path.endswith(".ckpt"):
         loaded = load_policy(path)
         return ActorCritic(as_policy(loaded.model)).eval(), loaded.tokenizer
-    if not Path(path).is_file():
-        raise UserError(f"no checkpoint at {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"cannot load the checkpoint {path}: {str(error).splitlines()[0]}") from error
+    checkpoint = read_checkpoint(path)
     settings = checkpoint.get("hyper_parameters", {})
     if "policy" not in settings:
         raise UserError(f"{path} is not a checkpoint of a policy trained here: its hyper-parameters name no policy")
@@ -111,6 +115,22 @@ def _load_trained(policy: ActorCritic, state: dict[str, torch.Tensor], path: str
     policy.load_state_dict(weights, strict=False)
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    """What can be known to be wrong before a model is loaded."""
+    for name in ("samples", "batch_size"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} must be 1 or more, got {getattr(arguments, name)}")
+    if arguments.output and (Path(arguments.output).is_dir() or not Path(arguments.output).absolute().parent.is_dir()):
+        raise UserError(f"--output is a file to write in a folder that is there, and {arguments.output} is not")
+
+
+def _place(policy: ActorCritic, device: str) -> None:
+    try:
+        policy.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, by what it is that is missing
+        raise UserError(f"cannot use --device {device}: {str(error).splitlines()[0]}") from error
+
+
 def _encode(policy: ActorCritic, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Prompts:
     tokens, mask = policy.lm.encode(tokenizer, texts)
     empty = [text for text, row in zip(texts, mask, strict=True) if not row.any()]
@@ -118,14 +138,6 @@ def _encode(policy: ActorCritic, tokenizer: PreTrainedTokenizerBase, texts: list
         raise UserError(f"the prompt {empty[0]!r} has no tokens")
     device = next(policy.parameters()).device
     return Prompts(tokens.to(device), mask.to(device))
-
-
-def _read_lines(path: str) -> list[str]:
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompts in {path}: {error}") from error
-    return [line for line in lines if line.strip()]
 
 
 def _parser() -> argparse.ArgumentParser:

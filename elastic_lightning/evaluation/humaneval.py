@@ -75,6 +75,13 @@ class HumanEvalOptions:
         if self.temperature == 0 and self.samples > 1:
             raise UserError("temperature 0 is greedy, and draws the same completion each time: set samples to 1")
 
+    @property
+    def sampling(self) -> Sampling:
+        """How a completion's tokens are drawn."""
+        if self.temperature == 0:
+            return Sampling(self.max_new_tokens, top_k=1)
+        return Sampling(self.max_new_tokens, temperature=self.temperature, top_p=self.top_p)
+
 
 class Completer(Protocol):
     """What writes the programs."""
@@ -100,15 +107,15 @@ def evaluate_humaneval(policy: str | Completer, options: HumanEvalOptions) -> di
     Raises:
         UserError: running programs is not allowed, this machine cannot fence them in, or the file cannot be read.
     """
-    if not options.allow_code_execution:
-        raise UserError(
-            "HumanEval runs programs that the model wrote: allow it with allow_code_execution (--allow-code-execution)"
-        )
+    check_allowed(options)
     problems = read_problems(options.path)[: options.problems]
-    check_sandbox(options.limits, options.accept_missing_fences)
     tasks = [(problem, sample) for problem in problems for sample in range(options.samples)]
     prompts = [problem.prompt.strip() for problem, _ in tasks]
-    completer = _load(policy, prompts, options) if isinstance(policy, str) else policy
+    completer = policy
+    if isinstance(policy, str):
+        completer = PolicyCompleter.load(policy, options.sampling, options.seed, STOPS)
+    if isinstance(completer, PolicyCompleter):
+        completer.check(prompts)
     with _progress() as progress:
         completions = list(progress.track(_complete(completer, prompts, options), len(tasks), description="completing"))
         with ThreadPoolExecutor(options.workers or len(os.sched_getaffinity(0))) as pool:
@@ -119,6 +126,15 @@ def evaluate_humaneval(policy: str | Completer, options: HumanEvalOptions) -> di
         for (problem, sample), completion, outcome in zip(tasks, completions, outcomes, strict=True)
     ]
     return {"summary": {**summarize(records), "options": asdict(options)}, "records": records}
+
+
+def check_allowed(options: HumanEvalOptions) -> None:
+    """Raise a `UserError` where running what a model wrote is not allowed, or this machine cannot fence it in."""
+    if not options.allow_code_execution:
+        raise UserError(
+            "HumanEval runs programs that the model wrote: allow it with allow_code_execution (--allow-code-execution)"
+        )
+    check_sandbox(options.limits, options.accept_missing_fences)
 
 
 def read_problems(path: str | Path) -> list[Problem]:
@@ -191,18 +207,6 @@ def _test(problem: Problem, completion: str, options: HumanEvalOptions) -> Outco
 def _test_source(problem: Problem) -> str:
     """The published test, after the prompt: some tests use helper functions that the prompt defines."""
     return f"{problem.prompt}\n{problem.test}"
-
-
-def _load(path: str, prompts: list[str], options: HumanEvalOptions) -> Completer:
-    greedy = options.temperature == 0
-    sampling = (
-        Sampling(options.max_new_tokens, top_k=1)
-        if greedy
-        else Sampling(options.max_new_tokens, temperature=options.temperature, top_p=options.top_p)
-    )
-    completer = PolicyCompleter.load(path, sampling, options.seed, STOPS)
-    completer.check(prompts)
-    return completer
 
 
 def _progress() -> Progress:

@@ -7,6 +7,7 @@ alone (`<method>/seed_<N>`) are one method: its mean path is the mean over seeds
 import argparse
 import csv
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from elastic_lightning.errors import UserError
@@ -21,6 +22,7 @@ from elastic_lightning.evaluation.comparison import (
 )
 from elastic_lightning.evaluation.frontier import draw
 from elastic_lightning.evaluation.runs import DRIFT, REWARD, Run, collect, common_parent
+from elastic_lightning.evaluation.tax import Evaluated, find, tax_rows, tax_table
 
 
 def write_rows(path: Path, header: list[str], rows: list[list]) -> None:
@@ -98,8 +100,17 @@ def print_report(table, lines: list[str], console) -> None:
         console.print(line, markup=False, highlight=False, style="dim")
 
 
-def make_report(runs: list[Run], left_out: list[Path], output: Path, reward: str, drift: str, console) -> None:
-    """Write table.csv, summary.csv and frontier.png into `output` and print the table."""
+def make_report(
+    runs: list[Run],
+    left_out: list[Path],
+    output: Path,
+    reward: str,
+    drift: str,
+    console,
+    evaluated: Sequence[Evaluated] = (),
+) -> None:
+    """Write table.csv, summary.csv and frontier.png into `output` and print the table; with what `evaluate` measured,
+    if it did, in evaluation.csv and a second table."""
     methods = group(runs, reward, drift)
     names = metric_names(runs, reward, drift)
     summary = summarize(methods, names)
@@ -108,7 +119,12 @@ def make_report(runs: list[Run], left_out: list[Path], output: Path, reward: str
     write_summary(output / "summary.csv", methods, summary)
     draw(output / "frontier.png", methods, names)
     print_report(build_table(methods, summary, names), notes(methods, names, left_out), console)
-    console.print(f"Wrote table.csv, summary.csv and frontier.png to {output}", soft_wrap=True, highlight=False)
+    written = ["table.csv", "summary.csv", "frontier.png"]
+    if evaluated:
+        write_rows(output / "evaluation.csv", *tax_rows(evaluated))
+        written.append("evaluation.csv")
+        print_report(tax_table(evaluated), [], console)
+    console.print(f"Wrote {', '.join(written)} to {output}", soft_wrap=True, highlight=False)
 
 
 def main(argv: list[str]) -> int:
@@ -130,6 +146,8 @@ def main(argv: list[str]) -> int:
         help="TensorBoard tag of the drift (%(default)s); lost:TAG is what is lost of a score",
     )
     given = parser.parse_args(argv)
+    if given.output is not None and given.output.exists() and not given.output.is_dir():
+        raise UserError(f"report: --output is a folder to write, and {given.output} is a file")
     runs, left_out = collect(given.runs, given.reward, given.drift)
     if not runs:
         where = ", ".join(map(str, given.runs))
@@ -137,5 +155,5 @@ def main(argv: list[str]) -> int:
             f"report: no run with the tags {given.reward!r} and {given.drift!r} under {where}: see --reward"
         )
     output = given.output or common_parent(runs) / "report"
-    make_report(runs, left_out, output, given.reward, given.drift, Console())
+    make_report(runs, left_out, output, given.reward, given.drift, Console(), find(given.runs))
     return 0

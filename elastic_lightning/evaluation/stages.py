@@ -87,6 +87,8 @@ def read_pipeline(
     content = {key: value for key, value in content.items() if value is not None}
     check(content.get("report", {}), REPORT_KEYS, f"{file}: report")
     output = output or Path(content.get("output") or missing(f"{file}: no 'output': set it there or give --output"))
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{file}: output is a folder to write, and {output} is a file")
     data = data or (Path(content["data"]) if "data" in content else None)
     if data is not None and not data.is_dir():
         raise UserError(f"--data: no such folder: {data}")
@@ -123,7 +125,10 @@ def read_yaml(file: Path) -> Any:
         raise UserError(f"no such pipeline file: {file}")
     try:
         return yaml.load(file.read_text(encoding="utf-8"), UniqueKeys)  # a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{file}, line {line}: this is not UTF-8; convert the file") from error
+    except yaml.YAMLError as error:
         raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
 
 

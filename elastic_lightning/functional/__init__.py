@@ -17,6 +17,15 @@ from elastic_lightning.functional.losses import ppo_policy_loss, ppo_value_loss
 from elastic_lightning.functional.ngram import bigram_perplexity
 from elastic_lightning.functional.output_layer import TokenLoss, TokenStatistics, output_loss, output_statistics
 from elastic_lightning.functional.precision import at_least_float32
+from elastic_lightning.functional.preference import (
+    bradley_terry_loss,
+    confidence_bins,
+    correlation,
+    correlation_sums,
+    expected_calibration_error,
+    right_pairs,
+    wilson_interval,
+)
 from elastic_lightning.functional.weights import copy_, distance, float32_copy, lerp_, slerp
 
 __all__ = [
@@ -26,11 +35,16 @@ __all__ = [
     "TokenStatistics",
     "at_least_float32",
     "bigram_perplexity",
+    "bradley_terry_loss",
+    "confidence_bins",
     "copy_",
+    "correlation",
+    "correlation_sums",
     "distance",
     "distinct_n",
     "entropy",
     "exact_kl",
+    "expected_calibration_error",
     "float32_copy",
     "gae",
     "jensen_shannon",
@@ -44,10 +58,12 @@ __all__ = [
     "output_statistics",
     "ppo_policy_loss",
     "ppo_value_loss",
+    "right_pairs",
     "slerp",
     "token_counts",
     "token_logprobs",
     "unique_rows",
     "whiten",
+    "wilson_interval",
     "zero_padding",
 ]

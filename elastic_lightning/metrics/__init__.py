@@ -11,12 +11,17 @@ from elastic_lightning.metrics.kl import SequenceKL
 from elastic_lightning.metrics.language_model import LanguageModelNLL
 from elastic_lightning.metrics.mean import Mean
 from elastic_lightning.metrics.perplexity import TokenPerplexity
+from elastic_lightning.metrics.preference import LengthBias, Moments, PairAccuracy, PairCalibration
 
 __all__ = [
     "CorpusBLEU",
     "DistinctN",
     "LanguageModelNLL",
+    "LengthBias",
     "Mean",
+    "Moments",
+    "PairAccuracy",
+    "PairCalibration",
     "SequenceKL",
     "TokenFrequencyDivergence",
     "TokenPerplexity",

@@ -15,10 +15,10 @@ from elastic_lightning.policies.loading import (
     load_source,
     load_tokenizer,
 )
-from elastic_lightning.policies.pairs import GameEvaluationBatch, TranslationBatch
+from elastic_lightning.policies.pairs import GameEvaluationBatch, PreferenceBatch, TranslationBatch
 from elastic_lightning.policies.reference import AdapterOff, FrozenCopy, make_reference
 from elastic_lightning.policies.rollout_copy import RolloutCopy
-from elastic_lightning.policies.sampling import Rollout, Sampling, counter_uniforms, draw, greedy, sample
+from elastic_lightning.policies.sampling import Rollout, Sampling, counter_uniforms, draw, draw_lengths, greedy, sample
 from elastic_lightning.policies.seq2seq import Seq2SeqLM
 from elastic_lightning.policies.text import Texts, decode_texts, ended
 from elastic_lightning.policies.translator import Translator, load_translator
@@ -36,6 +36,7 @@ __all__ = [
     "ModelSource",
     "PairedTexts",
     "PolicyLM",
+    "PreferenceBatch",
     "Prompts",
     "Responses",
     "Rollout",
@@ -49,6 +50,7 @@ __all__ = [
     "counter_uniforms",
     "decode_texts",
     "draw",
+    "draw_lengths",
     "encode_source",
     "encode_target",
     "ended",

@@ -11,15 +11,16 @@ class AutoLanguageModel:
     """Transformers' auto class for language models of both kinds: the config says which one a model is."""
 
     @classmethod
-    def from_pretrained(cls, path: str, **options: Any) -> PreTrainedModel:
-        """The model at a path."""
+    def from_pretrained(cls, path: str, **options: Any) -> PreTrainedModel | tuple[PreTrainedModel, dict[str, Any]]:
+        """The model at a path, with a report where ``output_loading_info`` asks for it."""
         where = ("gguf_file", "local_files_only", "trust_remote_code")
         config = AutoConfig.from_pretrained(path, **{name: options[name] for name in where if name in options})
-        model = cls._kind(config).from_pretrained(path, **options)
+        loaded = cls._kind(config).from_pretrained(path, **options)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
         for module in model.modules():
             if "Sinusoidal" in type(module).__name__:  # loading makes a parameter to be trained of these constants
                 module.requires_grad_(False)
-        return model
+        return loaded
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:

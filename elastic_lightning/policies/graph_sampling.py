@@ -77,21 +77,23 @@ class GraphSampler:
         """Columns of the cache for prompts of this length."""
         return -(-(prompt_tokens + sampling.max_new_tokens) // BUCKET) * BUCKET
 
-    def __call__(self, prompts: Prompts, uniforms: Tensor) -> Rollout:
-        """Draw one response a prompt by `uniforms` [B, max_new_tokens], as `sample` does."""
+    def __call__(self, prompts: Prompts, uniforms: Tensor, lengths: Tensor | None = None) -> Rollout:
+        """Draw one response a prompt by `uniforms` [B, max_new_tokens] and `lengths` [B], as `sample` does."""
+        if lengths is None:
+            lengths = torch.full_like(prompts.tokens[:, 0], self.sampling.max_new_tokens)
         # Validation runs in inference mode, and buffers born there could not be written to in training.
         with torch.inference_mode(False), torch.no_grad():
-            return self._sample(prompts, uniforms)
+            return self._sample(prompts, uniforms, lengths)
 
-    def _sample(self, prompts: Prompts, uniforms: Tensor) -> Rollout:
+    def _sample(self, prompts: Prompts, uniforms: Tensor, lengths: Tensor) -> Rollout:
         rows, length = prompts.tokens.shape
         capacity = self.capacity(length, self.sampling)
         if (rows, capacity) not in self._shapes:
             self._shapes.clear()  # one at a time: each holds a cache of keys and values
             self._shapes[rows, capacity] = _StaticDecode(self, rows, capacity, prompts.tokens.device)
         decode = self._shapes[rows, capacity]
-        decode.start(prompts, uniforms)
-        drawn = decode.run()
+        decode.start(prompts, uniforms, lengths)
+        drawn = decode.run(int(lengths.max()))
         return finish(self.policy, prompts, *(column[:, :drawn].clone() for column in decode.outputs))
 
 
@@ -106,6 +108,7 @@ class _StaticDecode:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
         self.uniforms = buffer(rows, steps, dtype=torch.float32)
+        self.lengths = buffer(rows)
         self.hidden = None  # [B, H], of the state that predicts the next token; its width and type are the model's
         self.tokens = buffer(rows)  # drawn last; 0 where the row has ended
         self.alive = buffer(rows, dtype=torch.bool)
@@ -121,16 +124,16 @@ class _StaticDecode:
         self.cache = Cache(layers=layers)
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def start(self, prompts: Prompts, uniforms: Tensor) -> None:
+    def start(self, prompts: Prompts, uniforms: Tensor, lengths: Tensor) -> None:
         """Read the prompts and put every buffer at the first token."""
         hidden = self._read(prompts)
         if self.hidden is None:
             self.hidden = hidden.clone()
             if hidden.device.type == "cuda" and self.sampler.sampling.max_new_tokens > 1:
-                self._capture(prompts, uniforms)
+                self._capture(prompts, uniforms, lengths)
                 hidden = self._read(prompts)  # the trial runs have written into the cache
         self.hidden.copy_(hidden)
-        self._place(prompts, uniforms)
+        self._place(prompts, uniforms, lengths)
 
     def _read(self, prompts: Prompts) -> Tensor:
         for layer in self.cache.layers:
@@ -140,19 +143,19 @@ class _StaticDecode:
             layer.reads_prompts = False
         return hidden
 
-    def run(self) -> int:
-        """Draw until every row has ended; returns the number of tokens drawn."""
+    def run(self, longest: int) -> int:
+        """Draw until every row has ended, the last one after `longest` tokens; returns the number of tokens drawn."""
         sampling, eos = self.sampler.sampling, self.sampler.eos_token_id
         self._draw()
-        for drawn in range(1, sampling.max_new_tokens):
+        for drawn in range(1, longest):
             # Asking a GPU means waiting for it: only where every response can have ended.
-            if eos is not None and drawn >= sampling.min_new_tokens and not self.alive.any():
+            if eos is not None and drawn >= sampling.first_end and not self.alive.any():
                 return drawn
             if self.graph is not None:
                 self.graph.replay()
             else:
                 self._step()
-        return sampling.max_new_tokens
+        return longest
 
     def _step(self) -> None:
         """Read the token drawn last and draw the next. Nothing here may depend on a number that Python knows."""
@@ -186,11 +189,13 @@ class _StaticDecode:
         if sampler.eos_token_id is not None:
             self.alive &= choice.tokens != sampler.eos_token_id
         self.position += 1
+        self.alive &= self.position < self.lengths
         self.tokens.copy_(torch.where(self.alive, choice.tokens, 0))
 
-    def _place(self, prompts: Prompts, uniforms: Tensor) -> None:
+    def _place(self, prompts: Prompts, uniforms: Tensor, lengths: Tensor) -> None:
         length = prompts.tokens.shape[1]
         self.uniforms.copy_(uniforms)
+        self.lengths.copy_(lengths)
         self.alive.fill_(True)
         self.position.zero_()
         self.column.fill_(length)
@@ -198,14 +203,14 @@ class _StaticDecode:
         self.mask.zero_()
         self.mask[:, 0, 0, :length] = prompts.mask
 
-    def _capture(self, prompts: Prompts, uniforms: Tensor) -> None:
+    def _capture(self, prompts: Prompts, uniforms: Tensor, lengths: Tensor) -> None:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
-                self._place(prompts, uniforms)
+                self._place(prompts, uniforms, lengths)
                 self._step()
-            self._place(prompts, uniforms)
+            self._place(prompts, uniforms, lengths)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):

@@ -152,6 +152,24 @@ class PolicyLM(nn.Module, ABC):
     def has_adapter(self) -> bool:
         return hasattr(self.model, "disable_adapter")
 
+    @property
+    def base_path(self) -> str:
+        """Hub id or folder that the model, or an adapter's base model, was loaded from; empty where it was not."""
+        return self._plain.name_or_path
+
+    def base_module(self, name: str) -> nn.Module:
+        """A module by its name in the base model; where it has an adapter, the two together.
+
+        Raises:
+            UserError: there is none of this name.
+        """
+        try:
+            return self._plain.get_submodule(name)
+        except AttributeError as error:
+            raise UserError(
+                f"{type(self._plain).__name__} has no module {name}: is the base model another one?"
+            ) from error
+
     def adapter_off(self) -> AbstractContextManager:
         """Within this context the model is its base model."""
         return self.model.disable_adapter()

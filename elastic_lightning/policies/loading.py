@@ -20,9 +20,11 @@ from elastic_lightning.errors import UserError
 from elastic_lightning.policies.auto import AutoLanguageModel
 from elastic_lightning.policies.causal import CausalLM
 from elastic_lightning.policies.language_model import PolicyLM
+from elastic_lightning.policies.quantization import Quantization, check_quantization, quantization_config
 from elastic_lightning.policies.seq2seq import Seq2SeqLM
 
 PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]")  # where the tokenizer has none of its own: the first it knows, or adds
+Dtype = Literal["float32", "bfloat16", "float16"]
 UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)  # missing, of another kind, or damaged
 
 
@@ -66,16 +68,18 @@ class ModelSource:
             texts in bfloat16 on a CPU. Transformers' choice (sdpa) by default.
         lora: train adapters on a frozen base instead of the whole model.
         trust_remote_code: run the python code that comes with the model; off unless asked.
+        quantization: hold the frozen base in 8 or 4 bits a weight (needs the extra `[quantization]`, and `lora`).
     """
 
     path: str | None = None
     gguf_file: str | None = None
     architecture: dict[str, Any] | None = None
     tokenizer: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
     attention: str | None = None
     lora: LoRA | None = None
     trust_remote_code: bool = False
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.architecture is None):
@@ -88,6 +92,12 @@ class ModelSource:
             )
         if self.gguf_file is not None and self.path is None:
             raise UserError("`gguf_file` is the name of a file inside `path`: give `path` too")
+        if self.quantization is not None and self.lora is None:
+            raise UserError("`quantization` rounds the base model, which cannot be trained then: give `lora` too")
+        if self.quantization is not None and (self.path is None or self.gguf_file is not None):
+            raise UserError(
+                "`quantization` is for a `path` that holds whole weights: not an architecture or a GGUF file"
+            )
 
 
 class LoadedPolicy(NamedTuple):
@@ -107,30 +117,35 @@ def load_policy(
     gguf_file: str | None = None,
     architecture: dict[str, Any] | None = None,
     tokenizer: str | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: Dtype = "float32",
     attention: str | None = None,
     lora: LoRA | None = None,
     trust_remote_code: bool = False,
+    quantization: Quantization | None = None,
 ) -> LoadedPolicy:
     """Load a language model, causal or encoder-decoder (see `ModelSource` for the arguments), in eval mode.
 
     Raises:
         UserError: the model or tokenizer cannot be found, or the options contradict each other.
     """
-    return load_source(ModelSource(path, gguf_file, architecture, tokenizer, dtype, attention, lora, trust_remote_code))
+    how = attention, lora, trust_remote_code, quantization
+    return load_source(ModelSource(path, gguf_file, architecture, tokenizer, dtype, *how))
 
 
 def load_source(source: ModelSource) -> LoadedPolicy:
     """`load_policy` from the dataclass that a configuration file fills."""
+    if source.quantization is not None:
+        check_quantization(source.quantization)  # before anything loads
     gguf_file = source.gguf_file if source.tokenizer is None else None  # a tokenizer of its own lies elsewhere
     tokenizer = load_tokenizer(source.tokenizer or source.path, gguf_file, source.trust_remote_code)
     adapter = source.path is not None and (Path(source.path) / "adapter_config.json").exists()
     if source.architecture is not None:
         model = from_architecture(AutoLanguageModel, source, tokenizer)
     elif adapter:
-        model = _load_adapter(source)
+        model = load_adapter(source)
     else:
         model = from_path(AutoLanguageModel, source)
+    check_vocabulary(tokenizer, model, source.tokenizer or source.path)
     if source.lora is not None:
         if adapter:
             raise UserError(f"{source.path} holds an unmerged adapter: merge it before training another LoRA on top")
@@ -166,6 +181,8 @@ def load_tokenizer(path: str, gguf_file: str | None = None, trust_remote_code: b
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **extra)
     except UNREADABLE as error:
         raise UserError(_not_found("tokenizer", path, error)) from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of no file at all
+        raise UserError(f"cannot load the tokenizer from {path}: it holds no vocabulary (no tokenizer.json there?)")
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         known = tokenizer.get_vocab()
         usable = [token for token in PAD_TOKENS if token in known and token != tokenizer.eos_token]
@@ -174,23 +191,46 @@ def load_tokenizer(path: str, gguf_file: str | None = None, trust_remote_code: b
     return tokenizer
 
 
-def from_path(auto_class: type, source: ModelSource, **options: Any) -> PreTrainedModel:
-    """Load weights from a hub id or folder with one of transformers' auto classes."""
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: nn.Module, name: str) -> None:
+    """Raise a `UserError` where the tokenizer has tokens that the model has no embedding for, beside a pad token."""
+    ids = [index for token, index in tokenizer.get_vocab().items() if token != tokenizer.pad_token]
+    rows = model.get_input_embeddings().num_embeddings
+    if max(ids, default=0) >= rows:
+        raise UserError(
+            f"the tokenizer {name} has tokens up to number {max(ids)}, and the model's vocabulary holds {rows}: give "
+            "the tokenizer that the model was trained with"
+        )
+
+
+def from_path(auto_class: type, source: ModelSource, new_head: bool = False, **options: Any) -> PreTrainedModel:
+    """Load weights from a hub id or folder with one of transformers' auto classes.
+
+    Raises:
+        UserError: they cannot be loaded, or some are missing; with `new_head` those are random, to be trained.
+    """
     if source.gguf_file is not None:
         options["gguf_file"] = source.gguf_file
+    if source.quantization is not None:
+        check_quantization(source.quantization)
+        options["quantization_config"] = quantization_config(source.quantization, source.dtype)
     if not Path(source.path).exists() and hub_offline():
         options["local_files_only"] = True
     try:
-        model = auto_class.from_pretrained(
+        model, report = auto_class.from_pretrained(
             source.path,
+            output_loading_info=True,
             dtype=getattr(torch, source.dtype),
             attn_implementation=source.attention,
             trust_remote_code=source.trust_remote_code,
             **options,
         )
-        return fuse_gelu(model)
     except UNREADABLE as error:
         raise UserError(_not_found("model", source.path, error)) from error
+    missing = sorted(report["missing_keys"])
+    if missing and not new_head:
+        kind = type(model).__name__
+        raise UserError(f"{source.path} holds no {kind}: {len(missing)} of its weights are missing, e.g. {missing[0]}")
+    return fuse_gelu(model)
 
 
 def from_architecture(
@@ -269,15 +309,39 @@ def hub_offline(seconds: float = 5.0) -> bool:
         return True
 
 
-def _load_adapter(source: ModelSource) -> nn.Module:
-    from peft import PeftConfig, PeftModel
+def load_adapter(
+    source: ModelSource, auto_class: type = AutoLanguageModel, base: str | None = None, **options: Any
+) -> nn.Module:
+    """A folder that holds an adapter, on the base model that it names, or another; `options` are for the base.
 
-    base = PeftConfig.from_pretrained(source.path).base_model_name_or_path
-    if not base:
-        raise UserError(f"{source.path}/adapter_config.json does not name its base model (base_model_name_or_path)")
+    Raises:
+        UserError: the base model is not named or cannot be loaded, or the adapter does not fit it.
+    """
+    from peft import PeftModel
+
+    base = base or adapter_base(source.path)
     fields = {name: getattr(source, name) for name in ("dtype", "attention", "trust_remote_code")}
-    model = from_path(AutoLanguageModel, ModelSource(base, **fields))
-    return PeftModel.from_pretrained(model, source.path, is_trainable=True)
+    model = from_path(auto_class, ModelSource(base, **fields), **options)
+    try:
+        return PeftModel.from_pretrained(model, source.path, is_trainable=True)
+    except UNREADABLE as error:
+        raise UserError(
+            f"the adapter in {source.path} does not fit its base model {base}: {_first_line(error)}"
+        ) from error
+
+
+def adapter_base(path: str) -> str:
+    """The base model that an adapter folder names.
+
+    Raises:
+        UserError: it names none.
+    """
+    from peft import PeftConfig
+
+    base = PeftConfig.from_pretrained(path).base_model_name_or_path
+    if not base:
+        raise UserError(f"{path}/adapter_config.json does not name its base model (base_model_name_or_path)")
+    return base
 
 
 def _not_found(what: str, path: str, error: Exception) -> str:
@@ -292,4 +356,6 @@ def _not_found(what: str, path: str, error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
+    if "ignore_mismatched_sizes" in str(error):  # it points to a report in the log
+        return "its weights have other shapes than its config.json says"
     return str(error).strip().split("\n")[0][:200]

@@ -14,6 +14,7 @@ from elastic_lightning.policies.actor_critic import ActorCritic, scale
 from elastic_lightning.policies.batches import Prompts, Responses
 from elastic_lightning.policies.language_model import PolicyLM
 
+LENGTH_SEED = 0x1E46  # keeps the draws that cut responses apart from those that sample them
 BLOCK = 256  # tokens whose weights are summed first in a search
 
 
@@ -30,6 +31,9 @@ class Sampling:
         temperature: logits are divided by it, in rollout, reference and update alike.
         top_k: keep the k most likely tokens; 0 keeps all; 1 is greedy decoding.
         top_p: keep the smallest set of tokens whose probabilities reach p.
+        random_length: cut each response after a number of tokens drawn uniformly from this range, both ends included;
+            the longest is `max_new_tokens`.
+        eos: whether the end-of-text token ends a response; otherwise it is never drawn.
     """
 
     max_new_tokens: int = 48
@@ -37,6 +41,8 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    random_length: tuple[int, int] | None = None
+    eos: bool = True
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -47,6 +53,20 @@ class Sampling:
             raise UserError(f"sampling.temperature must be above 0, got {self.temperature} (for greedy set top_k: 1)")
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             raise UserError(f"sampling needs top_k >= 0 and 0 < top_p <= 1, got {self.top_k} and {self.top_p}")
+        if self.random_length is not None:
+            self._check_lengths(*self.random_length)
+
+    @property
+    def first_end(self) -> int:
+        """Tokens before which the end-of-text token is not drawn."""
+        return self.min_new_tokens if self.eos else self.max_new_tokens
+
+    def _check_lengths(self, shortest: int, longest: int) -> None:
+        if not max(1, self.min_new_tokens) <= shortest <= longest or longest != self.max_new_tokens:
+            raise UserError(
+                f"sampling.random_length must go from 1 or more (and min_new_tokens, {self.min_new_tokens}) to "
+                f"max_new_tokens, {self.max_new_tokens}, got [{shortest}, {longest}]"
+            )
 
 
 class Rollout(NamedTuple):
@@ -80,29 +100,34 @@ def sample(
     pad_token_id: int,
     lm: PolicyLM | None = None,
     stop: Callable[[Tensor], Tensor] | None = None,
+    lengths: Tensor | None = None,
     going_on: Callable[[Tensor], bool] = torch.any,
 ) -> Rollout:
     """Draw one response a prompt. `uniforms` [B, max_new_tokens] in [0, 1) decide every draw: no hidden generator.
 
     T is the length of the longest response: decoding stops when every row has ended. `lm` is what decodes, the policy's
-    own model by default. `stop` says of tokens [B, t] so far which rows [B] end here, beside those with an end of text;
-    `going_on` says of the rows [B] that have not ended whether to decode on, which processes may decide together.
+    own model by default. `stop` says of tokens [B, t] so far which rows [B] end here, beside those with an end of text
+    and those with as many tokens as `lengths` [B] says (`draw_lengths`; `max_new_tokens` by default); `going_on` says
+    of the rows [B] that have not ended whether to decode on, which processes may decide together.
     """
     lm = policy.lm if lm is None else lm
+    longest = sampling.max_new_tokens if lengths is None else int(lengths.max())
     state, hidden = lm.start(prompts, sampling.max_new_tokens - 1)
     alive = torch.ones(len(prompts.tokens), dtype=torch.bool, device=prompts.tokens.device)
     columns: list[tuple[Tensor, ...]] = []
-    for position in range(sampling.max_new_tokens):
+    for position in range(longest):
         choice = choose(policy, lm, hidden, sampling, uniforms[:, position], position, eos_token_id)
         columns.append((torch.where(alive, choice.tokens, pad_token_id), alive, choice.logprobs, choice.values))
         if eos_token_id is not None:
             alive = alive & (choice.tokens != eos_token_id)
+        if lengths is not None:
+            alive = alive & (position + 1 < lengths)
         if stop is not None:
             alive = alive & ~stop(torch.stack([column[0] for column in columns], dim=1))
-        can_end = position + 1 >= sampling.min_new_tokens and (eos_token_id is not None or stop is not None)
-        if can_end and not going_on(alive):
+        by_itself = eos_token_id is not None and position + 1 >= sampling.first_end
+        if (by_itself or stop is not None) and not going_on(alive):
             break
-        if position + 1 < sampling.max_new_tokens:
+        if position + 1 < longest:
             hidden = lm.step(state, torch.where(alive, choice.tokens, 0))
     return finish(policy, prompts, *(torch.stack(column, dim=1) for column in zip(*columns, strict=True)))
 
@@ -162,10 +187,10 @@ def finish(
 def withhold_end(logits: Tensor, sampling: Sampling, position: int | Tensor, eos_token_id: int | None) -> Tensor | None:
     """Set the end's logit to -inf, in place in logits [B, V], at positions where it may not be drawn (a number, or a
     tensor of one). Returns what it was [B], -inf where it may be drawn; None where it may be drawn anywhere."""
-    if eos_token_id is None or sampling.min_new_tokens == 0:
+    if eos_token_id is None or sampling.first_end == 0:
         return None
     end = logits[:, eos_token_id].clone()
-    early = torch.as_tensor(position < sampling.min_new_tokens, device=logits.device)
+    early = torch.as_tensor(position < sampling.first_end, device=logits.device)
     logits[:, eos_token_id] = end.masked_fill(early, -torch.inf)
     return end.masked_fill(~early, -torch.inf)
 
@@ -195,7 +220,7 @@ def search(weights: Tensor, uniforms: Tensor) -> Tensor:
     """The first token [B] of each row at which the running sum of weights [B, V] exceeds uniform * total.
 
     In two stages, the block and then the token in it: a running sum over a whole vocabulary cannot be computed
-    in parallel, and its rounding grows with V.
+    in parallel, and its rounding grows with V. A row of NaN gives the last token: its log-probability is NaN too.
     """
     sums = _block_sums(weights)
     running = sums.cumsum(dim=-1)
@@ -203,7 +228,7 @@ def search(weights: Tensor, uniforms: Tensor) -> Tensor:
     tokens = block[:, None] * BLOCK + torch.arange(BLOCK, device=weights.device)
     inside = weights.gather(-1, tokens.clamp(max=weights.shape[1] - 1)).masked_fill(tokens >= weights.shape[1], 0)
     offset, _ = _search_row(inside.cumsum(dim=-1), rest)
-    return block * BLOCK + offset
+    return (block * BLOCK + offset).clamp(max=weights.shape[1] - 1)
 
 
 def _block_sums(weights: Tensor) -> Tensor:
@@ -238,6 +263,18 @@ def counter_uniforms(seed: int, step: int, rows: Tensor, length: int) -> Tensor:
     state = _mix(state ^ rows.to(torch.int64))
     state = _mix(state[:, None] ^ positions)
     return _shift_right(state, 40).to(torch.float32) * 2.0**-24
+
+
+def draw_lengths(seed: int, step: int, rows: Tensor, sampling: Sampling) -> Tensor | None:
+    """The number of tokens [B] after which each response is cut, int64; None without `random_length`.
+
+    A pure function of (seed, step, row), as `counter_uniforms`, and independent of those that draw the tokens.
+    """
+    if sampling.random_length is None:
+        return None
+    shortest, longest = sampling.random_length
+    uniforms = counter_uniforms(seed ^ LENGTH_SEED, step, rows, 1)[:, 0].double()
+    return shortest + (uniforms * (longest - shortest + 1)).long()
 
 
 def _mix(state: Tensor) -> Tensor:

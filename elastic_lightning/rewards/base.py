@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import warnings
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from elastic_lightning.errors import UserError
+from elastic_lightning.errors import NotFinite, UserError
+from elastic_lightning.policies import PolicyLM
+
+OnError = Literal["stop", "mask"]
 
 
 class Scores(NamedTuple):
-    """`total` [B] float32, what the policy is trained on; `components`: named [B] parts of it, for the log."""
+    """`total` [B] float32, what the policy is trained on; `components`: named [B] parts of it, for the log.
+
+    `valid` [B] bool: the responses that have a score, all where it is None; the others hold 0 and are left out.
+    """
 
     total: Tensor
     components: dict[str, Tensor]
+    valid: Tensor | None = None
 
 
 class Reward(nn.Module):
@@ -23,10 +31,23 @@ class Reward(nn.Module):
     A response continues its prompt: ``prompt + response`` is the whole text, spaces included; that of an
     encoder-decoder is a text of its own. A module, so that a reward model moves to the policy's device; its weights are
     frozen and stay out of checkpoints.
+
+    Attributes:
+        retries: how often it is asked again where it raises.
+        on_error: what then: "stop" the run, or ask for one response at a time and "mask" those on which it raises.
     """
+
+    retries: int = 0
+    on_error: OnError = "stop"
 
     def forward(self, prompts: list[str], responses: list[str]) -> Tensor:
         raise TypeError(f"{type(self).__name__} must override forward(prompts, responses) -> scores [B]")
+
+    def bind(self, lm: PolicyLM) -> None:
+        """Told before anything is scored which policy will be: for rewards that share its weights."""
+        for part in self.modules():
+            if part is not self and isinstance(part, Reward):
+                part.bind(lm)
 
     def components(self, prompts: list[str], responses: list[str]) -> dict[str, Tensor]:
         """Named parts [B] each; a reward made of one part has none."""
@@ -41,21 +62,68 @@ def score(reward: Reward, prompts: list[str], responses: list[str]) -> Scores:
     """Score B texts and check what comes back.
 
     Raises:
-        UserError: the reward raised, or returned another number of scores than texts, or a NaN or infinite score.
+        NotFinite: a score is NaN or infinite, or the reward raised on every single response.
+        UserError: the reward raised and is to stop the run, or returned another number of scores than texts.
     """
     try:
-        with torch.inference_mode():
-            components = reward.components(prompts, responses)
-            total = reward.combine(components) if components else reward(prompts, responses)
+        return _ask(reward, prompts, responses)
     except UserError:
         raise
     except Exception as error:
+        if reward.on_error == "mask":
+            return _ask_one_by_one(reward, prompts, responses)
         raise UserError(
             f"the reward {type(reward).__name__} raised {type(error).__name__}: {' '.join(str(error).split())[:300]} "
             f"(first text of the batch: {_excerpt(prompts[0] + responses[0])})"
         ) from error
+
+
+def _ask(reward: Reward, prompts: list[str], responses: list[str]) -> Scores:
+    """The checked scores of one call; where the reward raises it is asked again, as often as it says."""
+    for attempt in range(reward.retries + 1):
+        try:
+            with torch.inference_mode():
+                components = reward.components(prompts, responses)
+                total = reward.combine(components) if components else reward(prompts, responses)
+            break
+        except UserError:
+            raise
+        except Exception:
+            if attempt == reward.retries:
+                raise
     checked = {name: _check(reward, name, values, prompts, responses) for name, values in components.items()}
     return Scores(_check(reward, "total", total, prompts, responses), checked)
+
+
+def _ask_one_by_one(reward: Reward, prompts: list[str], responses: list[str]) -> Scores:
+    """The scores of those responses on which the reward does not raise, 0 for the others."""
+    rows: list[Scores | None] = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        try:
+            rows.append(_ask(reward, [prompt], [response]))
+        except UserError:
+            raise
+        except Exception as error:
+            rows.append(None)
+            last = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            # Once a cause, as python tells warnings apart by their text.
+            warnings.warn(
+                f"the reward {type(reward).__name__} raised {type(error).__name__} on single responses, which are "
+                "masked; fault/masked counts them",
+                stacklevel=2,
+            )
+    known = next((row for row in rows if row is not None), None)
+    if known is None:
+        raise NotFinite("reward", f"the reward {type(reward).__name__} raised on all {len(rows)} responses: {last}")
+    zero = Scores(
+        torch.zeros_like(known.total), {name: torch.zeros_like(part) for name, part in known.components.items()}
+    )
+    filled = [zero if row is None else row for row in rows]
+    return Scores(
+        torch.cat([row.total for row in filled]),
+        {name: torch.cat([row.components[name] for row in filled]) for name in known.components},
+        torch.tensor([row is not None for row in rows], device=known.total.device),
+    )
 
 
 def _check(reward: Reward, name: str, values: Tensor, prompts: list[str], responses: list[str]) -> Tensor:
@@ -71,9 +139,10 @@ def _check(reward: Reward, name: str, values: Tensor, prompts: list[str], respon
     bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
     if bad:
         text = prompts[bad[0]] + responses[bad[0]]
-        raise UserError(
+        raise NotFinite(
+            "reward",
             f"the reward {type(reward).__name__} ({name}) returned {values[bad[0]].item()} for {len(bad)} of "
-            f"{len(responses)} texts; the first: {_excerpt(text)}"
+            f"{len(responses)} texts; the first: {_excerpt(text)}",
         )
     return values
 

@@ -7,10 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForSequenceClassification
+from transformers import PreTrainedTokenizerBase
 
 from elastic_lightning.errors import UserError
-from elastic_lightning.policies.loading import ModelSource, disable_dropout, from_path, load_tokenizer
+from elastic_lightning.policies.classifier import pad_like, trained_classifier
+from elastic_lightning.policies.loading import ModelSource, check_vocabulary, disable_dropout, load_tokenizer
+from elastic_lightning.policies.portions import Portions
 from elastic_lightning.rewards.base import Reward
 
 
@@ -18,12 +20,14 @@ class ClassifierReward(Reward):
     """Score texts with a Hugging Face sequence classifier.
 
     Args:
-        path: hub id or `save_pretrained` folder of the classifier, with its own tokenizer.
+        path: hub id or `save_pretrained` folder of the classifier, with its own tokenizer; a LoRA adapter in a folder
+            is merged into the base model that it names.
         label: whose score is the reward: its index, or its name in the model's `id2label`.
         output: "probability" (softmax, or sigmoid of a one-label model) or "logit".
         on: what the classifier reads: the whole text or the response alone.
         max_length: in tokens; longer texts lose their beginning. The model's own limit by default.
-        batch_size: texts scored at a time.
+        batch_size: texts scored at a time, those of like length together; halved for the rest of the run where memory
+            does not suffice.
         dtype: of the weights.
         trust_remote_code: run the python code that comes with the model; off unless asked.
     """
@@ -47,17 +51,22 @@ class ClassifierReward(Reward):
         if batch_size < 1:
             raise UserError(f"batch_size must be 1 or more, got {batch_size}")
         source = ModelSource(path, dtype=dtype, trust_remote_code=trust_remote_code)
-        self.model = from_path(AutoModelForSequenceClassification, source).eval().requires_grad_(False)
-        disable_dropout(self.model)
         self.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         # A text that is too long loses its beginning: the response is at its end.
         self.tokenizer.truncation_side, self.tokenizer.padding_side = "left", "right"
-        # A decoder scores the last token that is not padding: it has to know padding by the tokenizer's id.
-        self.model.config.pad_token_id = self.tokenizer.pad_token_id
-        self.model.get_input_embeddings().register_forward_pre_hook(hide_foreign_tokens)
+        self.model = self.load(source, self.tokenizer)
         self.label = label_index(self.model.config, label)
-        self.output, self.on, self.batch_size = output, on, batch_size
+        self.output, self.on = output, on
+        self.portions = Portions(batch_size, "scoring by the classifier")
         self.max_length = max_length or position_limit(self.model)
+
+    def load(self, source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+        """The classifier: tokens and mask [B, L] in, ``logits`` [B, labels] out."""
+        model = trained_classifier(source)
+        check_vocabulary(tokenizer, model, source.path)
+        disable_dropout(model)
+        pad_like(model, tokenizer)
+        return model
 
     def forward(self, prompts: list[str], responses: list[str]) -> Tensor:
         """Scores [B] float32."""
@@ -65,11 +74,14 @@ class ClassifierReward(Reward):
             texts = responses
         else:
             texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-        chunks = [texts[start : start + self.batch_size] for start in range(0, len(texts), self.batch_size)]
-        return torch.cat([self._score(chunk) for chunk in chunks])
-
-    def _score(self, texts: list[str]) -> Tensor:
         rows = self.tokenizer(texts, truncation=self.max_length is not None, max_length=self.max_length)["input_ids"]
+        cut = self.portions.size < len(rows)
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row])) if cut else list(range(len(rows)))
+        scores = self.portions.run(lambda part: self._score([rows[row] for row in order[part]]), len(rows))
+        return torch.cat(scores)[torch.tensor(order, device=scores[0].device).argsort()]
+
+    def _score(self, rows: list[list[int]]) -> Tensor:
+        """Scores [B] of texts given as tokens."""
         pad = self.tokenizer.pad_token_id
         # An empty text keeps one (pad) position: some models return NaN where they may attend to nothing.
         rows = [torch.tensor(row or [pad]) for row in rows]
@@ -79,11 +91,6 @@ class ClassifierReward(Reward):
         if self.output == "logit":
             return logits[:, self.label]
         return logits[:, 0].sigmoid() if logits.shape[1] == 1 else logits.softmax(dim=1)[:, self.label]
-
-
-def hide_foreign_tokens(embedding: nn.Embedding, args: tuple[Tensor]) -> tuple[Tensor]:
-    """A pad token that the tokenizer was given after training has no embedding; masked positions may hold anything."""
-    return (args[0].where(args[0] < embedding.num_embeddings, 0),)
 
 
 def position_limit(model: nn.Module) -> int | None:

@@ -6,12 +6,13 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from elastic_lightning.errors import UserError
-from elastic_lightning.rewards.base import Reward
+from elastic_lightning.rewards.base import OnError, Reward
 
 
 class FunctionReward(Reward):
@@ -19,10 +20,18 @@ class FunctionReward(Reward):
 
     Args:
         function: the function, or its import path such as ``my_module.my_reward`` (the current folder is searched).
+        retries: how often the function is called again where it raises, for one that asks a service.
+        on_error: what then: "stop" the run, or call it for one response at a time and "mask" those on which it raises:
+            they are left out of the batch.
     """
 
-    def __init__(self, function: str) -> None:
+    def __init__(self, function: str, retries: int = 1, on_error: OnError = "stop") -> None:
         super().__init__()
+        if retries < 0:
+            raise UserError(f"retries must be 0 or more, got {retries}")
+        if on_error not in get_args(OnError):
+            raise UserError(f"on_error must be one of {get_args(OnError)}, got {on_error!r}")
+        self.retries, self.on_error = retries, on_error
         self.function = import_function(function) if isinstance(function, str) else function
 
     def forward(self, prompts: list[str], responses: list[str]) -> Tensor:

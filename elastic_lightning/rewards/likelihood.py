@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from elastic_lightning.errors import UserError
+from elastic_lightning.errors import NotFinite
 from elastic_lightning.policies import PairedTexts, Responses, Translator
 
 
@@ -24,11 +24,12 @@ class ReferenceLikelihood:
         """Scores [B] of B responses by their B references.
 
         Raises:
-            UserError: a score is NaN or infinite.
+            NotFinite: a score is NaN or infinite.
         """
         totals = self.receiver.logprobs(PairedTexts(self.receiver.read(responses), references)).sum(dim=1)
         scores = totals / references.mask.sum(dim=1) if self.normalise else totals
         if not torch.isfinite(scores).all():
             row = int((~torch.isfinite(scores)).nonzero()[0])
-            raise UserError(f"the receiver gives a reference no finite likelihood after {responses[row][:100]!r}")
+            line = f"the receiver gives a reference no finite likelihood after {responses[row][:100]!r}"
+            raise NotFinite("reward", line)
         return scores

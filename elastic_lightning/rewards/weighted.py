@@ -11,6 +11,9 @@ from elastic_lightning.rewards.base import Reward
 class WeightedReward(Reward):
     """Weighted sum of named rewards; each part is logged before weighting.
 
+    A part that raises is asked again as often as the most patient of them wants, and where one of them masks responses
+    on which it raises, so does the sum.
+
     Args:
         rewards: name -> reward.
         weights: name -> weight; 1 for a name that is left out.
@@ -24,6 +27,8 @@ class WeightedReward(Reward):
         if unknown:
             raise UserError(f"weights for rewards that are not there: {unknown}; the rewards are {sorted(rewards)}")
         self.rewards = nn.ModuleDict(rewards)
+        self.retries = max(reward.retries for reward in rewards.values())
+        self.on_error = "mask" if any(reward.on_error == "mask" for reward in rewards.values()) else "stop"
         self.weights = {name: float((weights or {}).get(name, 1.0)) for name in rewards}
 
     def components(self, prompts: list[str], responses: list[str]) -> dict[str, Tensor]:

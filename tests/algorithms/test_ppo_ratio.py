@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from elastic_lightning.errors import UserError
+from elastic_lightning.policies import draw_lengths
+
 
 @pytest.mark.parametrize(
     ("module", "batch"),
@@ -15,6 +18,8 @@ import torch
         pytest.param({"separate_value_trunk": True}, {}, id="value trunk"),
         pytest.param({"sampling": {"top_k": 3}}, {}, id="top_k"),
         pytest.param({"sampling": {"top_p": 0.6, "min_new_tokens": 4}}, {}, id="top_p and min_new_tokens"),
+        pytest.param({"sampling": {"random_length": (2, 6), "eos": False}}, {}, id="random length without an end"),
+        pytest.param({"sampling": {"random_length": (2, 6)}, "missing_eos_penalty": 1.0}, {}, id="random length"),
         pytest.param({"micro_batch_size": 1}, {}, id="micro-batches"),
         pytest.param({"sampling": {"max_new_tokens": 1}}, {}, id="one token"),
     ],
@@ -25,6 +30,24 @@ def test_first_ratio_is_one(any_toy, tmp_path, module, batch):
     trainer = any_toy.fit(model, tmp_path, [any_toy.prompts(rows=8, **batch)])
     assert trainer.callback_metrics["train/first_ratio_deviation"] < 1e-5
     assert trainer.callback_metrics["train/first_ratio"] == pytest.approx(1, abs=1e-5)
+
+
+def test_cut_responses_are_learned_from_and_pay_for_their_missing_end(toy, tmp_path):
+    model = toy.ppo(sampling={"random_length": (2, 6)}, missing_eos_penalty=10.0, reward=toy.reward_class("none"))
+    toy.fit(model, tmp_path, [toy.prompts(rows=16)])
+    (batch,) = model.seen
+    mask, rows = batch.rollout.mask, torch.arange(16)
+    lengths = draw_lengths(0, 0, rows, model.sampling)
+    last = mask.sum(dim=1) - 1
+    ended = batch.rollout.tokens[rows, last] == toy.eos
+    assert torch.equal(last[~ended] + 1, lengths[~ended]) and (last[ended] + 1 <= lengths[ended]).all()
+    assert ended.any() and (~ended).any()
+    torch.testing.assert_close(batch.experience.rewards[rows, last], torch.where(ended, 0.0, -10.0))
+
+
+def test_a_missing_end_is_not_to_be_paid_for_where_there_is_none(toy):
+    with pytest.raises(UserError, match=r"sampling\.eos"):
+        toy.ppo(sampling={"eos": False}, missing_eos_penalty=1.0)
 
 
 def test_the_case_holds_early_ends_and_padding(any_toy, tmp_path):

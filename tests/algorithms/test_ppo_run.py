@@ -215,7 +215,7 @@ def test_a_nan_reward_stops_the_run_and_leaves_the_checkpoint(toy, tmp_path):
                 scores[4] = float("nan")
             return scores
 
-    module = toy.ppo(reward=Fails())
+    module = toy.ppo(reward=Fails(), max_skipped=0)
     with pytest.raises(UserError) as raised:
         toy.fit(module, tmp_path, batches(toy, 5), callbacks=[BatchCheckpoint(every=1)], enable_checkpointing=True)
     message = str(raised.value)

@@ -3,14 +3,16 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from elastic_lightning import ElasticReset
 from elastic_lightning.algorithms import TranslationGame
 from elastic_lightning.algorithms.execution import Execution
-from elastic_lightning.algorithms.strategies import check_sharding, check_strategy, layer_dtype
+from elastic_lightning.algorithms.strategies import check_shardable, check_sharding, check_strategy, layer_dtype
 from elastic_lightning.callbacks import IteratedLearning
 from elastic_lightning.errors import UserError
+from elastic_lightning.rewards import AdapterReward, WeightedReward
 
 
 def trainer(tensor_parallel=1, distributed_checkpoint=False, precision="32-true"):
@@ -61,6 +63,18 @@ def test_what_sharding_allows():
 def test_callbacks_that_cannot_work_on_shards(callback, strategy, message):
     with pytest.raises(UserError, match=message):
         callback.setup(SimpleNamespace(strategy=strategy), SimpleNamespace(imitation_losses=None), "fit")
+
+
+def test_weights_that_cannot_be_sharded(toy):
+    quantized = torch.nn.Linear(2, 2)
+    check_shardable(quantized, toy.reward_class())
+    quantized.weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(UserError, match=r"policy\.quantization does not work"):
+        check_shardable(quantized, None)
+    shared = AdapterReward.__new__(AdapterReward)
+    torch.nn.Module.__init__(shared)
+    with pytest.raises(UserError, match="AdapterReward shares the policy's weights"):
+        check_shardable(torch.nn.Linear(2, 2), WeightedReward({"shared": shared}))
 
 
 def test_the_game_is_not_sharded():

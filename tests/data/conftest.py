@@ -1,6 +1,7 @@
 """Parallel text: a made-up corpus in files, and the real one where it lies beside the project."""
 
 import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,17 @@ def shared_data():
     if not (SHARED / "multi30k").is_dir():
         pytest.skip(f"the real corpora are not in {SHARED}")
     return SHARED
+
+
+@pytest.fixture
+def write_rows(tmp_path):
+    """Writes rows as JSONL, gzipped where the name ends in .gz; returns the path."""
+
+    def write(rows, name="questions.jsonl"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        raw = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        path.write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+        return str(path)
+
+    return write

@@ -54,6 +54,12 @@ def test_every_kind_of_file(name, tmp_path):
     assert list(read_splits(tmp_path / "data" / name)["train"]["text"]) == TEXTS
 
 
+def test_text_that_is_not_utf8(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(b'{"text": "caf\xe9", "label": 1}\n')
+    with pytest.raises(UserError, match="'text' holds text that is not UTF-8"):
+        IMDBDataModule(path=str(tmp_path)).load()
+
+
 def test_splits_do_not_overlap_and_have_the_known_shares(folder, bpe):
     data = IMDBDataModule(path=str(folder), tokenizer=bpe, batch_size=4)
     splits = data.load()

@@ -6,6 +6,8 @@ import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from torch.utils.data import DataLoader
 
+from elastic_lightning.callbacks.position import Position
+from elastic_lightning.data.loader import ResumableLoader
 from elastic_lightning.data.sampler import (
     EndlessSampler,
     EpochSampler,
@@ -194,3 +196,55 @@ def test_an_even_batch_size_gives_all_ranks_as_many_batches():
         assert len(counts) == 1
         assert sorted(row for sampler in samplers for row in sampler) == list(range(rows))
         assert even == batch_size or 0 < rows % (batch_size * world_size) < world_size
+
+
+# Beginning anywhere ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_an_epochs_order_begins_at_any_batch_once(shuffle, world_size):
+    for rank in range(world_size):
+        sampler = EpochSampler(23, 4, seed=3, shuffle=shuffle, rank=rank, world_size=world_size)
+        sampler.set_epoch(2)
+        whole = list(sampler)
+        for skip in range(4):
+            sampler.skip = skip
+            assert len(sampler) == len(whole)  # of the epoch, whatever is left of it
+            assert list(sampler) == whole[4 * skip :]
+            assert list(sampler) == whole
+
+
+def test_batches_by_length_begin_at_any_batch_once():
+    sampler = LengthSampler(LENGTHS, batch_size=8, seed=3)
+    whole = list(sampler)
+    for skip in (0, 1, 24, 25):
+        sampler.skip = skip
+        assert list(sampler) == whole[skip:] and list(sampler) == whole
+
+
+@pytest.mark.parametrize("skip", [0, 1, 24, 25, 26, 60])
+def test_an_endless_order_begins_at_any_batch(skip):
+    def first(count, skip=0):
+        sampler = EndlessSampler(LengthSampler(LENGTHS, batch_size=8, seed=3))
+        sampler.set_epoch(1)
+        sampler.skip = skip
+        return list(itertools.islice(iter(sampler), count))
+
+    assert first(40, skip) == first(40 + skip)[skip:]
+
+
+def test_a_loader_goes_on_behind_the_batches_that_are_done():
+    def loader(position):
+        return ResumableLoader(lambda: position, range(20), batch_size=4, sampler=EpochSampler(20, 4, seed=3))
+
+    whole = loader(None)
+    _set_sampler_epoch(whole, 6)
+    batches = [batch.tolist() for batch in whole]
+    done = Position(epoch=6, batches=2, epoch_batches=5, total=32, logged=32)
+    state = loader(done).state_dict()
+    resumed = loader(None)
+    resumed.load_state_dict(state)
+    assert [batch.tolist() for batch in resumed] == batches[2:]
+    assert [batch.tolist() for batch in resumed] == batches and len(resumed) == 5
+    assert loader(done._replace(batches=5)).state_dict() == {"epoch": 7, "batches": 0}

@@ -203,3 +203,21 @@ def test_wrong_options(tmp_path, classifier_folder):
         ClassifierReward(classifier_folder, on="prompt")
     with pytest.raises(UserError, match="batch_size"):
         ClassifierReward(classifier_folder, batch_size=0)
+
+
+def test_out_of_memory_halves_the_batch_for_good_and_changes_no_score(classifier_folder):
+    texts = [f"w{number} w{number + 1}" for number in range(3, 13)]
+    expected = ClassifierReward(classifier_folder)(texts, [""] * 10)
+    reward, sizes = ClassifierReward(classifier_folder, batch_size=8), []
+
+    def small(module, args, kwargs):
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    reward.model.register_forward_pre_hook(small, with_kwargs=True)
+    with pytest.warns(UserWarning, match="2 rows at a time"):
+        close(score(reward, texts, [""] * 10).total, expected)
+    assert sizes == [8, 4, 2, 2, 2, 2, 2]
+    score(reward, texts, [""] * 10)
+    assert sizes[7:] == [2] * 5

@@ -65,3 +65,9 @@ def test_what_cannot_be_imported_is_one_line(folder, path, part):
 def test_any_sequence_of_numbers_will_do(scores):
     total = score(FunctionReward(lambda prompts, responses: scores), ["a", "b"], ["c", "d"]).total
     torch.testing.assert_close(total, torch.tensor([float(number) for number in scores]))
+
+
+@pytest.mark.parametrize(("options", "part"), [({"retries": -1}, "retries"), ({"on_error": "skip"}, "'skip'")])
+def test_wrong_options_are_refused(options, part):
+    with pytest.raises(UserError, match=part):
+        FunctionReward(len, **options)

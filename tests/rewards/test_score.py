@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from elastic_lightning.errors import UserError
+from elastic_lightning.errors import NotFinite, UserError
 from elastic_lightning.rewards import FunctionReward, Reward, WeightedReward, score
 
 PROMPTS, RESPONSES = ["a film", "a play", "an act"], [" of note", " in vain", " of god"]
@@ -107,3 +107,66 @@ def test_a_bad_component_is_named(bad, part):
     with pytest.raises(UserError) as error:
         score(reward, PROMPTS, RESPONSES)
     one_line(error, "(rotten)", part)
+
+
+class Moody(Reward):
+    """Raises on the first calls, and always on one text."""
+
+    def __init__(self, failures=0, never=None, on_error="stop", retries=0):
+        super().__init__()
+        self.failures, self.never, self.on_error, self.retries, self.calls = failures, never, on_error, retries, 0
+
+    def forward(self, prompts, responses):
+        self.calls += 1
+        if self.calls <= self.failures or self.never in responses:
+            raise ConnectionError("no answer")
+        return torch.tensor([float(len(response)) for response in responses])
+
+
+@pytest.mark.parametrize(("failures", "retries", "answered"), [(1, 1, True), (2, 2, True), (2, 1, False)])
+def test_a_reward_that_raises_is_asked_again(failures, retries, answered):
+    reward = Moody(failures, retries=retries)
+    if answered:
+        scores = score(reward, PROMPTS, RESPONSES)
+        assert scores.total.tolist() == [8, 8, 7] and scores.valid is None
+    else:
+        with pytest.raises(UserError) as error:
+            score(reward, PROMPTS, RESPONSES)
+        one_line(error, "Moody", "ConnectionError", "no answer")
+    assert reward.calls == min(failures, retries) + 1
+
+
+def test_where_it_raises_on_one_text_the_others_keep_their_scores():
+    reward = Moody(never=" in vain", on_error="mask", retries=1)
+    with pytest.warns(UserWarning, match="ConnectionError on single responses, which are masked"):
+        scores = score(reward, PROMPTS, RESPONSES)
+    assert scores.total.tolist() == [8, 0, 7] and scores.valid.tolist() == [True, False, True]
+    assert reward.calls == 2 + 1 + 2 + 1
+
+
+def test_a_masked_part_masks_the_sum():
+    reward = WeightedReward({"moody": Moody(never=" of god", on_error="mask"), "fine": FunctionReward(_lengths)})
+    assert reward.on_error == "mask" and reward.retries == 1
+    with pytest.warns(UserWarning, match="masked"):
+        scores = score(reward, PROMPTS, RESPONSES)
+    assert scores.valid.tolist() == [True, True, False]
+    assert {name: part.tolist() for name, part in scores.components.items()} == {"moody": [8, 8, 0], "fine": [8, 8, 0]}
+    assert scores.total.tolist() == [16, 16, 0]
+
+
+def test_no_score_at_all_is_a_batch_that_teaches_nothing():
+    with pytest.warns(UserWarning, match="masked"), pytest.raises(NotFinite) as error:
+        score(Moody(failures=100, on_error="mask"), PROMPTS, RESPONSES)
+    one_line(error, "raised on all 3 responses", "ConnectionError: no answer")
+    assert error.value.what == "reward"
+
+
+def test_masking_hides_no_wrong_numbers():
+    reward = Fixed([1.0])
+    reward.on_error = "mask"
+    with pytest.raises(UserError, match="one score a response"):
+        score(reward, PROMPTS, RESPONSES)
+
+
+def _lengths(prompts, responses):
+    return [float(len(response)) for response in responses]

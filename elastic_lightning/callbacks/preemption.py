@@ -1,0 +1,64 @@
+"""A polite end for a job that must go: the batch in hand is finished and saved."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+from elastic_lightning.callbacks.saving import BatchCheckpoint
+from elastic_lightning.errors import UserError
+
+
+class Preempted(SystemExit):
+    """Training ended because it was asked to, with exit status 0; the text says what was saved."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(0)
+        self.text = text
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Preemption(Callback):
+    """On SIGTERM or SIGUSR1 the training batch (for PPO: the PPO batch) is finished and saved; then `Preempted` ends
+    training. On several ranks it is enough that one of them gets the signal.
+
+    These are the signals that SLURM sends before a job's time is over (``#SBATCH --signal=SIGUSR1@90``). Lightning's
+    own answer, which saves in the middle of a batch and requeues the job, is taken out: whoever starts the job decides
+    whether it starts again. The trainer needs a `BatchCheckpoint`.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and not any(isinstance(callback, BatchCheckpoint) for callback in trainer.callbacks):
+            raise UserError("Preemption needs a BatchCheckpoint among the trainer's callbacks, which saves the batch")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not earlier: Lightning has just put its own handlers in, and gives back what was there when training ends.
+        self.received = signal.SIGTERM if trainer.received_sigterm else None
+        if threading.current_thread() is threading.main_thread():
+            for number in self.SIGNALS:
+                signal.signal(number, self._receive)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx % trainer.accumulate_grad_batches != 0:
+            return
+        asked = self.received is not None
+        if trainer.world_size > 1:
+            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
+        if asked and not trainer.fast_dev_run:
+            (checkpoint, *_) = (callback for callback in trainer.callbacks if isinstance(callback, BatchCheckpoint))
+            path = checkpoint.save(trainer)
+            name = "another rank's signal" if self.received is None else self.received.name
+            raise Preempted(f"stopped by {name} after batch {checkpoint.batches}, saved as {path}")
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self.received = signal.Signals(number)

@@ -1,0 +1,42 @@
+"""What a run has logged into its folder, remembered with each checkpoint and put back when the run resumes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lightning import Trainer
+
+LOGS = ("events.out.tfevents.*", "samples.jsonl")
+
+
+def mark(trainer: Trainer) -> dict[str, int]:
+    """Bytes of each log in the run's folder, after what waits in memory was written."""
+    for logger in trainer.loggers:
+        if hasattr(logger.experiment, "flush"):
+            logger.experiment.flush()
+    return {path.name: path.stat().st_size for path in _logs(trainer)}
+
+
+def rewind(trainer: Trainer, marks: dict[str, int]) -> None:
+    """Remove what was logged after `marks` were taken, so that the resumed run logs each step once.
+
+    A folder that does not hold the marked files is another run's, and stays as it is.
+    """
+    logs = {path.name: path for path in _logs(trainer)}
+    if not all(name in logs and logs[name].stat().st_size >= size for name, size in marks.items()) or not marks:
+        return
+    for logger in trainer.loggers:
+        if hasattr(logger.experiment, "close"):
+            logger.experiment.close()  # its file is empty and goes; the first scalar opens another
+    for name, path in logs.items():
+        if name in marks:
+            os.truncate(path, marks[name])
+        else:
+            path.unlink()
+
+
+def _logs(trainer: Trainer) -> list[Path]:
+    if not trainer.is_global_zero or not trainer.log_dir:
+        return []
+    return [path for pattern in LOGS for path in Path(trainer.log_dir).glob(pattern)]

@@ -1,0 +1,112 @@
+"""The alignment tax in words and as a table: what `elastic-lightning evaluate` measured, read back from its files."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from elastic_lightning.errors import UserError
+from elastic_lightning.evaluation.comparison import Estimate, estimate
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+FILE = "evaluation.json"
+MODELS = ("final", "best")  # the folders of a run that hold its model
+
+
+class Evaluated(NamedTuple):
+    """What one file says: the model's `method` and seed, from where the file lies, and its numbers by column."""
+
+    method: str
+    seed: int
+    path: Path
+    numbers: dict[str, float]
+
+
+def numbers_of(results: dict[str, Any]) -> dict[str, float]:
+    """The numbers of an evaluation by the columns of the table; what was not measured is not there."""
+    parts = {name: results.get(name) or {} for name in ("perplexity", "humaneval", "reward")}
+    found = {"perplexity": parts["perplexity"].get("perplexity")}
+    found |= {name: value for name, value in parts["humaneval"].items() if name.startswith("pass@")}
+    found |= {"reward": parts["reward"].get("mean"), "length": parts["reward"].get("length")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def describe(results: dict[str, Any]) -> list[str]:
+    """One line for each part of an evaluation."""
+    lines = []
+    if "perplexity" in results:
+        part = results["perplexity"]
+        lines.append(f"perplexity {part['perplexity']:.4g} ({part['tokens']:,} tokens of {part['documents']:,} texts)")
+    if "reward" in results:
+        part = results["reward"]
+        error = "" if part["standard_error"] is None else f" ± {part['standard_error']:.2g}"
+        lines.append(f"reward {part['mean']:.4g}{error} ({part['samples']:,} answers)")
+    if "humaneval" in results:
+        part = results["humaneval"]
+        rates = ", ".join(f"{name} {value:.1%}" for name, value in part.items() if name.startswith("pass@"))
+        lines.append(f"HumanEval {rates} ({part['problems']} problems, {part['samples']} samples each)")
+    return lines
+
+
+def find(folders: Iterable[Path]) -> list[Evaluated]:
+    """The evaluations under these folders, each once, in the order of the folders and of their paths.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    paths = dict.fromkeys(path for folder in folders for path in sorted(Path(folder).resolve().rglob(FILE)))
+    return [_read(path) for path in paths]
+
+
+def tax_table(evaluated: list[Evaluated]) -> Table:
+    """One row a method: means over seeds with their standard errors."""
+    from rich import box
+    from rich.table import Table
+
+    names = _columns(evaluated)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in ("evaluated", "seeds", *names):
+        table.add_column(head, justify="left" if head == "evaluated" else "right", overflow="fold")
+    for method in dict.fromkeys(one.method for one in evaluated):
+        seeds = [one for one in evaluated if one.method == method]
+        table.add_row(method, str(len(seeds)), *(str(_mean(seeds, name)) for name in names))
+    return table
+
+
+def tax_rows(evaluated: list[Evaluated]) -> tuple[list[str], list[list[Any]]]:
+    """Header and one row a file, for a CSV; NaN where a part was not measured."""
+    names = _columns(evaluated)
+    rows = [[one.method, one.seed, *(one.numbers.get(name, math.nan) for name in names)] for one in evaluated]
+    return ["method", "seed", *names], rows
+
+
+def _read(path: Path) -> Evaluated:
+    try:
+        numbers = numbers_of(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"cannot read the evaluation {path}: {error}") from error
+    folder, of_best = path.parent, path.parent.name == "best"
+    if folder.name in MODELS:
+        folder = folder.parent
+    seed = folder.name.removeprefix("seed_")
+    method, seed = (folder.parent.name, int(seed)) if folder.name != seed and seed.isdigit() else (folder.name, 0)
+    return Evaluated(f"{method} (best)" if of_best else method, seed, path, numbers)
+
+
+def _columns(evaluated: list[Evaluated]) -> list[str]:
+    """Every column that one of them has, pass@k in the order of k."""
+    found = {name for one in evaluated for name in one.numbers}
+    rates = sorted((name for name in found if name.startswith("pass@")), key=lambda name: int(name[5:]))
+    return [name for name in ("perplexity", *rates, "reward", "length") if name in found]
+
+
+def _mean(seeds: list[Evaluated], name: str) -> Estimate:
+    values = [one.numbers[name] for one in seeds if name in one.numbers]
+    return estimate(np.array(values)) if values else Estimate(math.nan)

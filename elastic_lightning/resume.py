@@ -1,0 +1,128 @@
+"""Which checkpoint a command goes on from, and whether it is of this run."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from lightning import Trainer
+
+from elastic_lightning.errors import UserError
+
+DECISIVE = ("seed_everything", "model", "data")  # the parts of a configuration that a resumed run must share
+PLACES = ("path", "tokenizer", "receiver_tokenizer", "root", "folder")  # where things lie, which may move
+SHOWN = 3  # differences that an error lists
+
+
+def last_checkpoint(folder: str | Path) -> Path:
+    """The latest checkpoint of a run's folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    checkpoints = Path(folder) / "checkpoints"
+    ours = sorted(checkpoints.glob("batch_*.ckpt"))
+    others = sorted(checkpoints.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not others:
+        raise UserError(f"--ckpt_path last: no checkpoint in {checkpoints}; remove {folder} and start without it")
+    return (ours or others)[-1]
+
+
+def differences(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Names of the settings that differ, with their values then and now. Of settings new to either, nothing is said."""
+    before, now = flat(saved), flat(given)
+    return {name: (before[name], now[name]) for name in sorted(before.keys() & now.keys()) if before[name] != now[name]}
+
+
+def check_same_run(checkpoint: dict[str, Any], config: dict[str, Any], path: Path, world_size: int) -> None:
+    """Refuse a checkpoint of another seed, model or data, and print what else was different.
+
+    Rows a batch are those of all processes together: a run may go on with another number of them.
+
+    Raises:
+        UserError: with what differs.
+    """
+    saved = checkpoint.get("config")
+    if saved is None:
+        return  # of a run that the command line did not start
+    changed = differences(saved, config)
+    for name, (before, now) in list(changed.items()):
+        rows = name.endswith(("batch_size", "batch_tokens")) and None not in (before, now)
+        if rows and before * checkpoint["world_size"] == now * world_size:
+            del changed[name]
+    decisive = {
+        name: values
+        for name, values in changed.items()
+        if name.split(".")[0] in DECISIVE and name.split(".")[-1] not in PLACES and "eval_" not in name
+    }
+    if decisive:
+        listed = [f"{name} was {before!r} and is {now!r}" for name, (before, now) in decisive.items()]
+        more = f", and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
+        raise UserError(
+            f"the checkpoint {path} is of another run: {'; '.join(listed[:SHOWN])}{more}; "
+            "resume with the configuration it was written with"
+        )
+    for name, (before, now) in changed.items():
+        if not name.startswith(("trainer.logger", "ckpt_path")):
+            print(f"note: {name} is {now!r} here, and was {before!r} when the checkpoint was written")
+
+
+def check_fixed_folder(logger: Any) -> None:
+    """Refuse to resume where the configuration leaves it to the logger to number the run's folder.
+
+    Raises:
+        UserError: the logger has no version.
+    """
+    settings = logger[0] if isinstance(logger, list) and logger else logger
+    if settings is False:
+        return
+    if settings in (None, True) or settings.get("init_args", {}).get("version") is None:
+        raise UserError(
+            "cannot resume: without trainer.logger.init_args.version each start gets a folder of its own; "
+            "name the run's, e.g. --trainer.logger.init_args.version=seed_1"
+        )
+
+
+def resume_line(argv: list[str]) -> str:
+    """The command that goes on with what `argv` started."""
+    kept, rest = [], iter(argv)
+    for argument in rest:
+        if argument == "--ckpt_path":
+            next(rest, None)
+        elif not argument.startswith("--ckpt_path="):
+            kept.append(argument)
+    return shlex.join(["elastic-lightning", *kept, "--ckpt_path=last"])
+
+
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one dict of dotted names; items of a list go by their class or their index."""
+    if hasattr(values, "as_dict"):
+        values = values.as_dict()
+    if isinstance(values, dict):
+        named = values.items()
+    elif isinstance(values, (list, tuple)) and any(isinstance(value, dict) for value in values):
+        named = [(_short_class(value) or str(index), value) for index, value in enumerate(values)]
+    else:
+        return {prefix: list(values) if isinstance(values, tuple) else values}
+    parts = (flat(value, f"{prefix}.{name}" if prefix else str(name)) for name, value in named)
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def checkpoint_for(command: str, ckpt_path: str | None, trainer: Trainer) -> Path | None:
+    """The file that `ckpt_path` means.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if ckpt_path is None:
+        return None
+    if ckpt_path == "last":
+        if not trainer.log_dir:
+            raise UserError(f"{command} --ckpt_path last needs a run folder: give the trainer a logger")
+        return last_checkpoint(trainer.log_dir)
+    return Path(ckpt_path)
+
+
+def _short_class(value: Any) -> str:
+    return value.get("class_path", "").rsplit(".", 1)[-1] if isinstance(value, dict) else ""

@@ -1,0 +1,176 @@
+"""The alignment tax of a tiny model, part by part, against plain transformers and hand-made numbers."""
+
+import gzip
+import json
+import math
+import shutil
+from dataclasses import asdict
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from trials import SMALL
+
+from elastic_lightning.cli import main
+from elastic_lightning.errors import UserError
+from elastic_lightning.evaluation import evaluate as module
+from elastic_lightning.evaluation.evaluate import QuestionOptions, TextOptions, evaluate
+from elastic_lightning.evaluation.generate import generate, load
+from elastic_lightning.evaluation.held_out import read_documents, read_prompts
+from elastic_lightning.evaluation.humaneval import HumanEvalOptions, Problem
+from elastic_lightning.policies import Sampling, load_tokenizer
+from elastic_lightning.rewards import FunctionReward
+
+TEXTS = ["w5 w9 w20 w7", "w3 w4 w6 w8 w11 w29 w3", "w12 w13"]
+QUESTIONS = ["w5 w9", "w7", "w3 w4 w6", "w20 w21", "w8"]
+
+
+def jsonl(path, rows):
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(lines.encode()) if path.suffix == ".gz" else lines.encode())
+    return str(path)
+
+
+def count_words(prompts, responses):
+    return [
+        len(response.split()) + 10.0 * len(prompt.split()) for prompt, response in zip(prompts, responses, strict=True)
+    ]
+
+
+@pytest.fixture
+def model(tmp_path, gpt2_folder):
+    """A copy: the results lie in the model's folder."""
+    return shutil.copytree(gpt2_folder, tmp_path / "ppo" / "seed_3" / "final")
+
+
+@pytest.fixture
+def texts(tmp_path):
+    return jsonl(tmp_path / "texts.jsonl.gz", [{"text": text} for text in TEXTS])
+
+
+@pytest.fixture
+def questions(tmp_path):
+    return jsonl(tmp_path / "questions.jsonl", [{"question": question} for question in QUESTIONS])
+
+
+@pytest.fixture
+def problems(tmp_path):
+    test = "def check(candidate):\n    assert candidate(2) == 3\n"
+    problem = Problem(
+        "Test/0", '\ndef add_one(x):\n    """The next number."""\n', "add_one", "    return x + 1\n", test
+    )
+    return jsonl(tmp_path / "problems.jsonl", [asdict(problem)])
+
+
+def saved(model):
+    return json.loads((model / "evaluation.json").read_text())
+
+
+def expected_perplexity(folder):
+    network, tokenizer, nll, count = AutoModelForCausalLM.from_pretrained(folder).double(), load_tokenizer(folder), 0, 0
+    for text in TEXTS:
+        tokens = torch.tensor([tokenizer(text)["input_ids"]])
+        nll += network(input_ids=tokens, labels=tokens).loss.item() * (tokens.shape[1] - 1)
+        count += tokens.shape[1] - 1
+    return math.exp(nll / count), count
+
+
+def test_the_command_measures_every_part(model, texts, questions, problems, tmp_path, monkeypatch, capsys, fences):
+    (tmp_path / "my_reward.py").write_text(
+        "def count_words(prompts, responses):\n    return [len(response.split()) for response in responses]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "evaluate.yaml"
+    config.write_text(
+        f"texts: {{path: {texts}, length: 16, stride: 8}}\n"
+        "reward: {class_path: FunctionReward, init_args: {function: my_reward.count_words}}\n"
+        f"questions: {{path: {questions}, template: '{{}}', sampling: {{max_new_tokens: 6}}, batch_size: 2}}\n"
+        f"humaneval: {{path: {problems}, max_new_tokens: 4, limits: {json.dumps(asdict(SMALL))}}}\n"
+    )
+    command = ["evaluate", f"--config={config}", f"--model={model}"]
+    assert main(command) == 1  # programs are not run unless allowed
+    assert "--allow-code-execution" in capsys.readouterr().err and not (model / "evaluation.json").exists()
+    assert main([*command, "--allow-code-execution"]) == 0
+    results = saved(model)
+    assert results["model"] == str(model)
+    perplexity, count = expected_perplexity(model)
+    assert results["perplexity"]["perplexity"] == pytest.approx(perplexity, rel=1e-5)
+    assert (results["perplexity"]["tokens"], results["perplexity"]["documents"]) == (count, 3)
+    assert results["perplexity"]["options"]["stride"] == 8
+    assert results["humaneval"]["pass@1"] == 0 and results["humaneval"]["problems"] == 1
+    assert len((model / "humaneval.jsonl").read_text().splitlines()) == 1
+    rows = generate(*load(str(model)), QUESTIONS, Sampling(6))
+    lengths = torch.tensor([float(len(row["response"].split())) for row in rows])
+    assert results["reward"]["mean"] == pytest.approx(lengths.mean().item())
+    assert results["reward"]["standard_error"] == pytest.approx((lengths.std() / 5**0.5).item())
+    assert results["reward"]["complete"] == pytest.approx(sum(row["complete"] for row in rows) / 5)
+    printed = capsys.readouterr().out
+    assert f"perplexity {perplexity:.4g}" in printed and "pass@1 0.0%" in printed and "evaluation.json" in printed
+
+
+def test_parts_that_were_measured_survive_one_that_fails(model, texts, questions, monkeypatch):
+    def fail(prompts, responses):
+        raise RuntimeError("no GPU left")
+
+    asked = QuestionOptions(questions, template="{}", sampling=Sampling(3))
+    with pytest.raises(UserError, match="no GPU left"):
+        evaluate(str(model), texts=TextOptions(texts), questions=asked, reward=FunctionReward(fail))
+    assert set(saved(model)) == {"model", "perplexity"}
+    evaluate(str(model), questions=asked, reward=FunctionReward(count_words))
+    assert set(saved(model)) == {"model", "perplexity", "reward"}  # a later call adds what is missing
+    assert list(model.glob("*.writing")) == []
+    with pytest.raises(UserError, match="no GPU left"):
+        evaluate(str(model), questions=asked, reward=FunctionReward(fail))
+    assert "reward" in saved(model), "what was measured before stays until there is something new"
+    (model / "evaluation.json").write_text(json.dumps({**saved(model), "model": "another"}))
+    evaluate(str(model), texts=TextOptions(texts))
+    assert set(saved(model)) == {"model", "perplexity"}
+
+
+def test_the_reward_does_not_depend_on_the_batches(model, questions, tmp_path):
+    means = set()
+    for batch_size in (1, 2, 100):
+        options = QuestionOptions(questions, template="{} w9", sampling=Sampling(6), batch_size=batch_size, seed=5)
+        means.add(
+            evaluate(str(model), tmp_path / "out", questions=options, reward=FunctionReward(count_words))["reward"][
+                "mean"
+            ]
+        )
+    assert len(means) == 1
+
+
+def test_long_questions_are_left_out_and_counted(model, questions):
+    options = QuestionOptions(questions, template="{}", max_prompt_tokens=1, sampling=Sampling(3))
+    part = evaluate(str(model), questions=options, reward=FunctionReward(count_words))["reward"]
+    assert (part["samples"], part["left_out"]) == (2, 3)
+
+
+def test_questions_with_answers_score_the_answer(tmp_path, word_tokenizer):
+    tokenizer = word_tokenizer(eos_token="<eos>", pad_token="<pad>")
+    rows = [{"question": "w3 w4", "answers": ["w5 w6 w7", "w8"]}, {"question": "w9", "answers": []}]
+    (document,) = read_documents(jsonl(tmp_path / "ranked.jsonl", rows), tokenizer)
+    assert document.tokens[document.first :] == tokenizer.convert_tokens_to_ids(["w5", "w6", "w7"])
+    assert document.first == len(["Question:", "w3", "w4", "Answer:"])
+    pairs = [{"question": "w3", "response_j": "w20 w21", "response_k": "w8"}]
+    (document,) = read_documents(jsonl(tmp_path / "pairs.jsonl", pairs), tokenizer)
+    assert document.tokens[document.first :] == tokenizer.convert_tokens_to_ids(["w20", "w21"])
+    (tmp_path / "plain.txt").write_text("w3 w4\nw5")
+    assert read_documents(tmp_path / "plain.txt", tokenizer)[0].tokens == tokenizer("w3 w4 w5")["input_ids"]
+
+
+def test_wrong_input_is_refused_before_the_model_is_loaded(model, texts, questions, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "load", lambda path: pytest.fail("it loaded the model"))
+    for options, message in [
+        ({}, "nothing to measure"),
+        ({"questions": QuestionOptions(questions)}, "go together"),
+        ({"humaneval": HumanEvalOptions("no.jsonl")}, "allow-code-execution"),
+        ({"questions": QuestionOptions("no.jsonl"), "reward": FunctionReward(count_words)}, "does not exist"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            evaluate(str(model), **options)
+    with pytest.raises(UserError, match="no such folder"):
+        evaluate("some/hub-id", texts=TextOptions(texts))
+    with pytest.raises(UserError, match="once"):
+        read_prompts(questions, template="{} and {}")
+    with pytest.raises(UserError, match="windows need"):
+        TextOptions(texts, length=8, stride=8)
