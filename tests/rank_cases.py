@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from algorithms.conftest import PAD, Recording, Toy, WordShare, save_policy, save_tokenizer
-from lightning import Trainer
+from lightning import Callback, Trainer
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
@@ -28,6 +28,7 @@ from elastic_lightning.data import ToyTranslationDataModule, ToyTranslationGameD
 from elastic_lightning.data.module import TextDataModule
 from elastic_lightning.functional import distance
 from elastic_lightning.policies import ModelSource, Prompts, Sampling, load_policy
+from elastic_lightning.policies.sharding import layers_of
 from elastic_lightning.rewards import ClassifierReward
 
 ROWS = 8  # of a PPO batch on all ranks
@@ -54,10 +55,9 @@ def save_models(folder: Path) -> None:
     (folder / "policy").mkdir(parents=True)
     save_policy(folder / "policy")
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    size |= {"vocab_size": save_tokenizer(folder / "classifier"), "pad_token_id": PAD}
     torch.manual_seed(3)
-    config = BertConfig(
-        vocab_size=save_tokenizer(folder / "classifier"), **size, pad_token_id=PAD, initializer_range=0.5
-    )
+    config = BertConfig(**size, initializer_range=0.5)
     BertForSequenceClassification(config).save_pretrained(folder / "classifier")
     ToyTranslationDataModule().train_tokenizer(0).save_pretrained(folder / "words")
     for seed, name in enumerate(("sender", "receiver")):
@@ -121,7 +121,8 @@ def run(module: Any, data: Any, setup: Setup, callbacks: list[Any], **options: A
     """What a run of BATCHES, with a validation before and after, made of the module."""
     module.double()  # rounding in float32 would be as large as what is looked for
     gradients = keep_gradients(module)
-    trainer = make_trainer(setup, callbacks, **options)
+    layers = [WholeLayers()] if isinstance(module.reference, torch.nn.Module) else []
+    trainer = make_trainer(setup, callbacks + layers, **options)
     trainer.fit(module, datamodule=data, ckpt_path=setup.resume_from, weights_only=True)
     if setup.save_to is not None:
         trainer.save_checkpoint(setup.save_to)
@@ -129,7 +130,8 @@ def run(module: Any, data: Any, setup: Setup, callbacks: list[Any], **options: A
     metrics = {name: value for name, value in trainer.callback_metrics.items() if not name.startswith("time/")}
     elastic = callbacks[0]
     seen = getattr(module, "seen", [])
-    return {
+    counted = {"whole_layers": torch.tensor(layers[0].most)} if layers and setup.ranks > 1 else {}
+    return counted | {
         "parameters": {n: whole(p).clone() for n, p in module.named_parameters() if p.requires_grad},
         "gradients": gradients,
         "metrics": metrics,
@@ -153,6 +155,23 @@ def texts(folder: Path) -> str:
     """What `SampleLogger` left behind, without rewards, which are rounded."""
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     return "\n".join(str({name: value for name, value in row.items() if name != "reward"}) for row in rows)
+
+
+class WholeLayers(Callback):
+    """Counts the policy's and the reference's layers whose weights are whole while one of them runs."""
+
+    def __init__(self) -> None:
+        self.most = 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        layers = [*layers_of(pl_module.actor), *layers_of(pl_module.reference)]
+
+        def count(*args: Any) -> None:
+            whole = [any(not hasattr(p, "to_local") for p in layer.parameters()) for layer in layers]
+            self.most = max(self.most, sum(whole))
+
+        for layer in layers:
+            layer.register_forward_pre_hook(count)
 
 
 def written(folder: Path) -> dict[str, torch.Tensor]:
@@ -203,9 +222,8 @@ CASES: dict[str, Callable[[Setup], dict[str, Any]]] = {
     "plain": ppo,
     "uneven": lambda setup: ppo(setup, eval_prompts=7),
     "early_stop": lambda setup: classified(setup, epochs=4, target_kl=0.01, learning_rate=5e-3),
-    "lora": lambda setup: ppo(setup, lora=True),
+    "lora": lambda setup: ppo(setup, lora=True, sampling={"temperature": 0.7}),
     "micro_batches": lambda setup: ppo(setup, micro_batch_size=2, execution=Execution(trainable_layers=1)),
-    "value_trunk": lambda setup: ppo(setup, separate_value_trunk=True, sampling={"temperature": 0.7}),
     "game": game,
 }
 
