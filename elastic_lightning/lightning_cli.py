@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lightning import LightningDataModule, LightningModule, Trainer
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -94,15 +94,10 @@ class ElasticCLI(LightningCLI):
             isinstance(callback, ProgressBar) for callback in callbacks
         ):
             extra.append(RunProgress())
-        if self._get(self.config_init, "trainer").get("enable_checkpointing") is False or self.subcommand != "fit":
-            kwargs.setdefault("enable_checkpointing", any(isinstance(callback, Checkpoint) for callback in callbacks))
-        else:
-            if not any(isinstance(callback, Checkpoint) for callback in callbacks):
-                extra.append(BatchCheckpoint())  # Lightning's own would count optimizer steps
-                callbacks = [*callbacks, extra[-1]]
-            saves = any(isinstance(callback, BatchCheckpoint) for callback in callbacks)
-            if saves and not any(isinstance(callback, Preemption) for callback in callbacks):
-                extra.append(Preemption())
+        if self.subcommand == "fit" and self._get(self.config_init, "trainer").get("enable_checkpointing") is not False:
+            extra += _saving(callbacks)
+        if not any(isinstance(callback, Checkpoint) for callback in (*callbacks, *extra)):
+            kwargs.setdefault("enable_checkpointing", False)  # no ModelCheckpoint of Lightning's
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": extra}
         return super().instantiate_trainer(**kwargs)
 
@@ -117,7 +112,9 @@ class ElasticCLI(LightningCLI):
         fresh = folder is not None and not folder.exists()
         if resuming:
             path = arguments["ckpt_path"]
-            check_same_run(read_checkpoint(path), self.run_config.config, path, self.trainer.world_size)
+            notes = check_same_run(read_checkpoint(path), self.run_config.config, path, self.trainer.world_size)
+            if self.trainer.is_global_zero:
+                print("".join(f"note: {note}\n" for note in notes), end="", flush=True)
         try:
             self.trainer.fit(**arguments)
         except Preempted as stop:
@@ -147,3 +144,14 @@ def run_lightning(argv: list[str]) -> None:
         jsonargparse.ArgumentError: the configuration is wrong.
     """
     ElasticCLI(args=argv)
+
+
+def _saving(callbacks: list[Callback]) -> list[Callback]:
+    """What a run that can be resumed has beside the callbacks that are configured."""
+    added: list[Callback] = []
+    if not any(isinstance(callback, Checkpoint) for callback in callbacks):
+        added.append(BatchCheckpoint())
+    saves = any(isinstance(callback, BatchCheckpoint) for callback in (*callbacks, *added))
+    if saves and not any(isinstance(callback, Preemption) for callback in callbacks):
+        added.append(Preemption())
+    return added
