@@ -60,12 +60,13 @@ class ElasticCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Lightning lets the checkpoint's hyper-parameters win over explicit ones; here they are only compared."""
-        settings = self.config.get(self.config.get("subcommand"), {})
+        command = self.config.get("subcommand")
+        settings = self.config.get(command, {})
         path = settings.get("ckpt_path")
         if not path or path in ("last", "best", "hpc"):
             return
         saved = read_checkpoint(path)
-        if "config" not in saved:
+        if command != "fit" or "config" not in saved:  # else `fit` compares all of it
             given = settings.get("model", {}).get("init_args", {})
             for name, (before, now) in differences(saved.get("hyper_parameters", {}), given).items():
                 print(f"note: {name} is {now!r} here, and was {before!r} when the checkpoint was written")
