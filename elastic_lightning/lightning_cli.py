@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lightning import LightningDataModule, LightningModule, Trainer
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -58,12 +58,13 @@ class ElasticCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Lightning lets the checkpoint's hyper-parameters win over explicit ones; here they are only compared."""
-        settings = self.config.get(self.config.get("subcommand"), {})
+        command = self.config.get("subcommand")
+        settings = self.config.get(command, {})
         path = settings.get("ckpt_path")
         if not path or path in ("last", "best", "hpc"):
             return
         saved = read_checkpoint(path)
-        if "config" not in saved:
+        if command != "fit" or "config" not in saved:  # else `fit` compares all of it
             given = settings.get("model", {}).get("init_args", {})
             for name, (before, now) in differences(saved.get("hyper_parameters", {}), given).items():
                 print(f"note: {name} is {now!r} here, and was {before!r} when the checkpoint was written")
@@ -92,15 +93,10 @@ class ElasticCLI(LightningCLI):
             isinstance(callback, ProgressBar) for callback in callbacks
         ):
             extra.append(RunProgress())
-        if self._get(self.config_init, "trainer").get("enable_checkpointing") is False or self.subcommand != "fit":
-            kwargs.setdefault("enable_checkpointing", any(isinstance(callback, Checkpoint) for callback in callbacks))
-        else:
-            if not any(isinstance(callback, Checkpoint) for callback in callbacks):
-                extra.append(BatchCheckpoint())  # Lightning's own would count optimizer steps
-                callbacks = [*callbacks, extra[-1]]
-            saves = any(isinstance(callback, BatchCheckpoint) for callback in callbacks)
-            if saves and not any(isinstance(callback, Preemption) for callback in callbacks):
-                extra.append(Preemption())
+        if self.subcommand == "fit" and self._get(self.config_init, "trainer").get("enable_checkpointing") is not False:
+            extra += _saving(callbacks)
+        if not any(isinstance(callback, Checkpoint) for callback in (*callbacks, *extra)):
+            kwargs.setdefault("enable_checkpointing", False)  # no ModelCheckpoint of Lightning's
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": extra}
         try:
             trainer = super().instantiate_trainer(**kwargs)
@@ -122,7 +118,9 @@ class ElasticCLI(LightningCLI):
         fresh = folder is not None and not folder.exists()
         if resuming:
             path = arguments["ckpt_path"]
-            check_same_run(read_checkpoint(path), self.run_config.config, path, self.trainer.world_size)
+            notes = check_same_run(read_checkpoint(path), self.run_config.config, path, self.trainer.world_size)
+            if self.trainer.is_global_zero:
+                print("".join(f"note: {note}\n" for note in notes), end="", flush=True)
         try:
             self.trainer.fit(**arguments)
         except Preempted as stop:
@@ -162,3 +160,14 @@ def _check_writable(folder: Path) -> None:
         raise UserError(f"cannot write the run to {folder}: {there} is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"cannot write the run to {folder}: no permission to write in {there}")
+
+
+def _saving(callbacks: list[Callback]) -> list[Callback]:
+    """What a run that can be resumed has beside the callbacks that are configured."""
+    added: list[Callback] = []
+    if not any(isinstance(callback, Checkpoint) for callback in callbacks):
+        added.append(BatchCheckpoint())
+    saves = any(isinstance(callback, BatchCheckpoint) for callback in (*callbacks, *added))
+    if saves and not any(isinstance(callback, Preemption) for callback in callbacks):
+        added.append(Preemption())
+    return added

@@ -35,8 +35,8 @@ def differences(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, tuple
     return {name: (before[name], now[name]) for name in sorted(before.keys() & now.keys()) if before[name] != now[name]}
 
 
-def check_same_run(checkpoint: dict[str, Any], config: dict[str, Any], path: Path, world_size: int) -> None:
-    """Refuse a checkpoint of another seed, model or data, and print what else was different.
+def check_same_run(checkpoint: dict[str, Any], config: dict[str, Any], path: Path, world_size: int) -> list[str]:
+    """Refuse a checkpoint of another seed, model or data; returns what else was different, a line each.
 
     Rows a batch are those of all processes together: a run may go on with another number of them.
 
@@ -45,7 +45,7 @@ def check_same_run(checkpoint: dict[str, Any], config: dict[str, Any], path: Pat
     """
     saved = checkpoint.get("config")
     if saved is None:
-        return  # of a run that the command line did not start
+        return []  # of a run that the command line did not start
     changed = differences(saved, config)
     for name, (before, now) in list(changed.items()):
         rows = name.endswith(("batch_size", "batch_tokens")) and None not in (before, now)
@@ -63,9 +63,11 @@ def check_same_run(checkpoint: dict[str, Any], config: dict[str, Any], path: Pat
             f"the checkpoint {path} is of another run: {'; '.join(listed[:SHOWN])}{more}; "
             "resume with the configuration it was written with"
         )
-    for name, (before, now) in changed.items():
-        if not name.startswith(("trainer.logger", "ckpt_path")):
-            print(f"note: {name} is {now!r} here, and was {before!r} when the checkpoint was written")
+    return [
+        f"{name} is {now!r} here, and was {before!r} when the checkpoint was written"
+        for name, (before, now) in changed.items()
+        if not name.startswith("trainer.logger")
+    ]
 
 
 def check_fixed_folder(logger: Any) -> None:

@@ -294,21 +294,21 @@ class PolicyModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         values = {f"val/{name}": value for name, value in self.policy_metrics.compute_and_reset().items()}
         if self.trainer.state.fn != "fit":
-            self.log_dict(values)
+            self.log_dict(values, sync_dist=True)  # the same on all ranks; else Lightning warns
             return
         if self.trainer.sanity_checking and self.trainer.num_sanity_val_steps != float("inf"):
             return  # a look at the first batches is no measurement
         self.log_scalars(values)
         if not self.trainer.sanity_checking:
             # Not for the logger, whose axis is ours: for the progress bar, ModelCheckpoint and SavePretrained.
-            self.log_dict(values, logger=False)
+            self.log_dict(values, logger=False, sync_dist=True)
 
     def test_step(self, batch: Prompts | PairedTexts | Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.validation_step(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
         values = self.policy_metrics.compute_and_reset()
-        self.log_dict({f"test/{name}": value for name, value in values.items()})
+        self.log_dict({f"test/{name}": value for name, value in values.items()}, sync_dist=True)
 
     def predict_step(self, batch: Prompts, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Prompt, response, reward and its components of each row, as plain values."""

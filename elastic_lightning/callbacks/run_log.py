@@ -37,6 +37,7 @@ def rewind(trainer: Trainer, marks: dict[str, int]) -> None:
 
 
 def _logs(trainer: Trainer) -> list[Path]:
-    if not trainer.is_global_zero or not trainer.log_dir:
+    folder = trainer.log_dir  # asked on every rank, for the first one tells the others
+    if not trainer.is_global_zero or not folder:
         return []
-    return [path for pattern in LOGS for path in Path(trainer.log_dir).glob(pattern)]
+    return [path for pattern in LOGS for path in Path(folder).glob(pattern)]

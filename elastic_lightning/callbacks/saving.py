@@ -162,7 +162,7 @@ class BatchCheckpoint(Checkpoint):
 
     def _save(self, trainer: Trainer) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
-        if self.last is not None and not folder.is_dir():
+        if self.last is not None and trainer.is_global_zero and not folder.is_dir():
             raise UserError(f"the run's folder is gone: {folder} (the last checkpoint was {self.last.name})")
         target = folder / f"batch_{self.batches:06d}.ckpt"
         self._saving = True

@@ -164,40 +164,6 @@ def test_evaluation_sorted_in_batches():
     assert order == sorted_in_batches(LENGTHS, 32, seed=1)
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
-@pytest.mark.parametrize("size", [8, 29, 31, 33])
-def test_ranks_side_by_side_are_one_rank(size, shuffle):
-    def batches(batch_size, rank, world_size):
-        sampler = EpochSampler(size, batch_size, seed=1, shuffle=shuffle, rank=rank, world_size=world_size)
-        return list(DataLoader(range(size), batch_size, sampler=sampler))
-
-    whole = batches(8, 0, 1)
-    ranks = [batches(4, rank, 2) for rank in (0, 1)]
-    for batch, *shares in itertools.zip_longest(whole, *ranks, fillvalue=torch.tensor([], dtype=torch.int64)):
-        assert torch.cat(shares).tolist() == batch.tolist()
-        assert abs(len(shares[0]) - len(shares[1])) <= 1
-
-
-@pytest.mark.parametrize("size", [{"batch_size": 12}, {"batch_tokens": 240}])
-def test_ranks_side_by_side_are_one_rank_by_length(size):
-    ((name, number),) = size.items()
-    whole = list(LengthSampler(LENGTHS, **{name: number}, seed=1))
-    ranks = [list(LengthSampler(LENGTHS, **{name: number // 2}, seed=1, rank=rank, world_size=2)) for rank in (0, 1)]
-    assert [first + second for first, second in zip(*ranks, strict=True)] == whole
-
-
-def test_an_even_batch_size_gives_all_ranks_as_many_batches():
-    for rows, batch_size, world_size in itertools.product(range(1, 40), range(1, 6), range(1, 6)):
-        if rows < world_size:
-            continue
-        even = even_batch_size(rows, batch_size, world_size)
-        samplers = [EpochSampler(rows, even, shuffle=False, rank=r, world_size=world_size) for r in range(world_size)]
-        counts = {len(DataLoader(range(rows), even, sampler=sampler)) for sampler in samplers}
-        assert len(counts) == 1
-        assert sorted(row for sampler in samplers for row in sampler) == list(range(rows))
-        assert even == batch_size or 0 < rows % (batch_size * world_size) < world_size
-
-
 # Beginning anywhere ------------------------------------------------------------------------------------------------
 
 
@@ -248,3 +214,37 @@ def test_a_loader_goes_on_behind_the_batches_that_are_done():
     assert [batch.tolist() for batch in resumed] == batches[2:]
     assert [batch.tolist() for batch in resumed] == batches and len(resumed) == 5
     assert loader(done._replace(batches=5)).state_dict() == {"epoch": 7, "batches": 0}
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("size", [8, 29, 31, 33])
+def test_ranks_side_by_side_are_one_rank(size, shuffle):
+    def batches(batch_size, rank, world_size):
+        sampler = EpochSampler(size, batch_size, seed=1, shuffle=shuffle, rank=rank, world_size=world_size)
+        return list(DataLoader(range(size), batch_size, sampler=sampler))
+
+    whole = batches(8, 0, 1)
+    ranks = [batches(4, rank, 2) for rank in (0, 1)]
+    for batch, *shares in itertools.zip_longest(whole, *ranks, fillvalue=torch.tensor([], dtype=torch.int64)):
+        assert torch.cat(shares).tolist() == batch.tolist()
+        assert abs(len(shares[0]) - len(shares[1])) <= 1
+
+
+@pytest.mark.parametrize("size", [{"batch_size": 12}, {"batch_tokens": 240}])
+def test_ranks_side_by_side_are_one_rank_by_length(size):
+    ((name, number),) = size.items()
+    whole = list(LengthSampler(LENGTHS, **{name: number}, seed=1))
+    ranks = [list(LengthSampler(LENGTHS, **{name: number // 2}, seed=1, rank=rank, world_size=2)) for rank in (0, 1)]
+    assert [first + second for first, second in zip(*ranks, strict=True)] == whole
+
+
+def test_an_even_batch_size_gives_all_ranks_as_many_batches():
+    for rows, batch_size, world_size in itertools.product(range(1, 40), range(1, 6), range(1, 6)):
+        if rows < world_size:
+            continue
+        even = even_batch_size(rows, batch_size, world_size)
+        samplers = [EpochSampler(rows, even, shuffle=False, rank=r, world_size=world_size) for r in range(world_size)]
+        counts = {len(DataLoader(range(rows), even, sampler=sampler)) for sampler in samplers}
+        assert len(counts) == 1
+        assert sorted(row for sampler in samplers for row in sampler) == list(range(rows))
+        assert even == batch_size or 0 < rows % (batch_size * world_size) < world_size

@@ -140,13 +140,13 @@ def plot(path: Path, samples: list[Sample], settled: float) -> None:
     above.plot(minutes, [sample.resident for sample in samples])
     above.axvline(settled / 60, color="grey", linestyle=":", label="compared with the end")
     above.set_ylabel("resident memory (MiB)")
-    above.set_ylim(bottom=0)
-    above.legend()
+    above.set_ylim(0, 1.2 * max(sample.resident for sample in samples))
+    above.legend(loc="lower right")
     for name in ("descriptors", "threads"):
         below.plot(minutes, [getattr(sample, name) for sample in samples], label=name)
     below.set_xlabel("minutes")
-    below.set_ylim(bottom=0)
-    below.legend()
+    below.set_ylim(0, 1.2 * max(max(sample.descriptors, sample.threads) for sample in samples))
+    below.legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 

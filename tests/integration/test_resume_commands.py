@@ -86,11 +86,22 @@ def test_last_without_a_checkpoint_is_an_error(toy_fit, tmp_path, capsys):
     assert not (tmp_path / "run" / "new" / "final").exists()
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """Where a finished run is kept for the tests of this file."""
+    return tmp_path_factory.mktemp("kept") / "run"
+
+
 @pytest.fixture
-def finished(toy_fit, tmp_path):
-    """A run of four batches with the checkpoints of the last two."""
-    assert main([*toy_fit(), callbacks(1)]) == 0
-    return tmp_path / "run" / "seed_1"
+def finished(toy_fit, tmp_path, kept):
+    """A run of four batches with the checkpoints of the last two; made once, and copied."""
+    run = tmp_path / "run" / "seed_1"
+    if kept.exists():
+        shutil.copytree(kept, run)
+    else:
+        assert main([*toy_fit(), callbacks(1)]) == 0
+        shutil.copytree(run, kept)
+    return run
 
 
 def test_a_run_without_a_folder_of_its_own_does_not_resume(finished, toy_fit, capsys):

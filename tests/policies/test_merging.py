@@ -25,7 +25,7 @@ def classifier_adapter(tmp_path, request):
 
     def make(base, **names):
         torch.manual_seed(0)
-        model = from_path(AutoModelForSequenceClassification, ModelSource(base), **(names or LABELS))
+        model = from_path(AutoModelForSequenceClassification, ModelSource(base), new_head=True, **(names or LABELS))
         model = add_lora(model, LoRA(rank=2), "SEQ_CLS").eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():

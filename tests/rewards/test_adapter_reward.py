@@ -25,7 +25,7 @@ BASES = pytest.mark.parametrize("base", ["gpt2_folder", "llama_folder"])
 def reward_adapter(folder, base, lora=LoRA(rank=2, alpha=6), labels=1, move="lora_B"):  # noqa: B008 (frozen)
     """A LoRA adapter of a classifier with everything in it away from its start."""
     torch.manual_seed(3)
-    model = from_path(AutoModelForSequenceClassification, ModelSource(base), num_labels=labels)
+    model = from_path(AutoModelForSequenceClassification, ModelSource(base), new_head=True, num_labels=labels)
     model = add_lora(model, lora, "SEQ_CLS")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
