@@ -25,7 +25,7 @@ from transformers import LlamaConfig
 
 HELD = ("weights", "gradients", "optimizer", "averages", "reference", "reward")
 PASSING = ("cache", "activations", "output_layer", "peak")
-SEVEN_B = Batch(rows=32, mini_batches=4, micro_rows=1, prompt=384, response=128)
+SEVEN_B = Batch(rows=32, mini_batches=4, micro_rows=1, prompt=512, response=128)
 HALF = torch.bfloat16
 ARRANGEMENTS = [
     Arrangement("all weights, float32"),
