@@ -6,6 +6,7 @@ in them.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -114,6 +115,7 @@ def estimate(config: PreTrainedConfig, arrangement: Arrangement, batch: Batch, a
 
 def build(config: PreTrainedConfig, arrangement: Arrangement) -> nn.Module:
     """The policy on the meta device, with its adapter, in float32 as peft has it."""
+    config = copy.deepcopy(config)  # it would keep the attention
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=arrangement.dtype, attn_implementation="fused_shapes")
         if arrangement.gradient_checkpointing:
