@@ -17,6 +17,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
+from elastic_lightning.data.questions import Shares
 from elastic_lightning.errors import UserError
 from elastic_lightning.evaluation.completion import PolicyCompleter
 from elastic_lightning.evaluation.generate import generate, load
@@ -47,6 +48,8 @@ class TextOptions:
         length: tokens in a window.
         stride: tokens that a window is further on than the one before.
         limit: only the first so many rows.
+        shares: of a file of questions that `StackExchangeDataModule` shares out among stages: read those alone that it
+            holds out for a test.
         batch_size: windows a forward.
     """
 
@@ -55,6 +58,7 @@ class TextOptions:
     length: int = 1024
     stride: int = 512
     limit: int | None = None
+    shares: Shares | None = None
     batch_size: int = 8
 
     def __post_init__(self) -> None:
@@ -70,6 +74,7 @@ class QuestionOptions:
         column: of the table.
         template: of a prompt; {} stands for the column's text.
         limit: only the first so many rows.
+        shares: as in `TextOptions`.
         max_prompt_tokens: longer prompts are left out, and counted.
         sampling: how answers are drawn.
         seed: of sampling.
@@ -80,6 +85,7 @@ class QuestionOptions:
     column: str = "question"
     template: str = QUESTION
     limit: int | None = None
+    shares: Shares | None = None
     max_prompt_tokens: int | None = None
     sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=128))
     seed: int = 1
@@ -120,7 +126,7 @@ def evaluate(
     prompts = (
         None
         if questions is None
-        else read_prompts(questions.path, questions.column, questions.template, questions.limit)
+        else read_prompts(questions.path, questions.column, questions.template, questions.limit, questions.shares)
     )
     if humaneval is not None:
         check_allowed(humaneval)
@@ -129,7 +135,7 @@ def evaluate(
     policy.to("cuda" if torch.cuda.is_available() else "cpu")
     parts: dict[str, Callable[[], dict[str, Any]]] = {}
     if texts is not None:
-        documents = read_documents(texts.path, tokenizer, texts.column, texts.limit)
+        documents = read_documents(texts.path, tokenizer, texts.column, texts.limit, texts.shares)
         parts["perplexity"] = lambda: measure_perplexity(policy, documents, texts)
     if questions is not None:
         reward.to(next(policy.parameters()).device)
@@ -225,7 +231,8 @@ def main(argv: list[str]) -> int:
     """
     from rich.console import Console
 
-    given = _parse(argv)
+    parser = make_parser()
+    given = parser.instantiate_classes(parser.parse_args(argv))
     humaneval = given.humaneval and replace(given.humaneval, allow_code_execution=given.allow_code_execution)
     results = evaluate(given.model, given.output, given.texts, humaneval, given.questions, given.reward)
     console = Console()
@@ -235,7 +242,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parse(argv: list[str]):
+def make_parser():
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog="elastic-lightning evaluate", description=__doc__, exit_on_error=False)
@@ -249,7 +256,7 @@ def _parse(argv: list[str]):
     parser.add_argument(
         "--allow-code-execution", action="store_true", help="let HumanEval run what the model wrote, in its sandbox"
     )
-    return parser.instantiate_classes(parser.parse_args(argv))
+    return parser
 
 
 def _folder(model: str, output: str | Path | None) -> Path:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from elastic_lightning.data.files import column, read_splits
+from elastic_lightning.data.files import column, read_splits, read_table, table_files
+from elastic_lightning.data.questions import Shares, evaluation_half
 from elastic_lightning.errors import UserError
 from elastic_lightning.evaluation.perplexity import Document
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 QUESTION = "Question: {}\n\nAnswer:"  # as in StackLLaMA; the space after it is the first of the answer
 ANSWERS = ("answers", "response_j")  # the best first, or the better one of a pair
 
 
 def read_documents(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase, name: str = "text", limit: int | None = None
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str = "text",
+    limit: int | None = None,
+    shares: Shares | None = None,
 ) -> list[Document]:
     """Documents of a file: the column `name` of a table, its questions with their best answers, or a plain text as one.
 
@@ -24,18 +32,19 @@ def read_documents(
     at the beginning of a text (Llama's has one) stands before each; an end of text is not scored.
 
     Args:
-        path: JSONL, CSV (both also gzipped), Parquet, or anything else as plain text.
+        path: JSONL, CSV (both also gzipped), Parquet, or anything else as plain text; with `shares` a folder of such
+            tables too.
         tokenizer: of the model that will read them.
         name: of the column; where there is none, `question` and `answers` or `response_j`.
         limit: only the first so many rows.
+        shares: of a file of questions that stages share: read those alone that are held out for a test.
 
     Raises:
         UserError: no such file, or nothing in it that can be read.
     """
     if _is_plain_text(path):
         return [Document(encode(tokenizer, _read_text(path)))]
-    table = read_splits(path)["train"]
-    table = table.select(range(min(limit or len(table), len(table))))
+    table = _table(path, limit, shares)
     if name in table.column_names:
         return [Document(encode(tokenizer, text)) for text in column(table, name, "texts.column") if text]
     answers = next((known for known in ANSWERS if known in table.column_names), None)
@@ -49,21 +58,48 @@ def read_documents(
 
 
 def read_prompts(
-    path: str | Path, name: str = "question", template: str = QUESTION, limit: int | None = None
+    path: str | Path,
+    name: str = "question",
+    template: str = QUESTION,
+    limit: int | None = None,
+    shares: Shares | None = None,
 ) -> list[str]:
-    """Prompts of a table: `template` with each text of the column `name` in the place of ``{}``.
+    """Prompts of a table: `template` with each text of the column `name` in the place of ``{}``; see `read_documents`.
 
     Raises:
         UserError: no such file or column, or no prompt in it.
     """
     if template.count("{}") != 1:
         raise UserError(f"questions.template must hold {{}} once, for the text of the column, got {template!r}")
-    table = read_splits(path)["train"]
-    texts = [text for text in column(table, name, "questions.column") if text][:limit]
+    texts = [text for text in column(_table(path, limit, shares), name, "questions.column") if text]
     if not texts:
         raise UserError(f"{path} holds no text in its column {name!r}")
     before, after = template.split("{}")
     return [before + text + after for text in texts]
+
+
+def _table(path: str | Path, limit: int | None, shares: Shares | None) -> Dataset:
+    table = read_splits(path)["train"] if shares is None else _all_tables(Path(path))
+    rows = range(len(table))
+    if shares is not None:
+        questions = column(table, "question", "shares: null")
+        rows = [row for row in rows if shares.part_of(questions[row]) == "evaluation"]
+        rows = [row for row in rows if evaluation_half(questions[row]) == "test"]
+        if not rows:
+            raise UserError(f"{path} holds no question for a test: give more data, or other shares")
+    return table.select(rows[:limit])
+
+
+def _all_tables(path: Path) -> Dataset:
+    """A file, or all files of a folder one after the other, as stages that share them read them."""
+    from datasets import concatenate_datasets
+
+    if not path.is_dir():
+        return read_splits(path)["train"]
+    files = table_files(path)
+    if not files:
+        raise UserError(f"no .jsonl(.gz), .csv or .parquet file in {path}")
+    return concatenate_datasets([read_table(file) for file in files])
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

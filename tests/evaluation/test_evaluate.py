@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from trials import SMALL
 
 from elastic_lightning.cli import main
+from elastic_lightning.data.questions import Shares, evaluation_half
 from elastic_lightning.errors import UserError
 from elastic_lightning.evaluation import evaluate as module
 from elastic_lightning.evaluation.evaluate import QuestionOptions, TextOptions, evaluate
@@ -174,3 +175,24 @@ def test_wrong_input_is_refused_before_the_model_is_loaded(model, texts, questio
         read_prompts(questions, template="{} and {}")
     with pytest.raises(UserError, match="windows need"):
         TextOptions(texts, length=8, stride=8)
+
+
+def test_of_questions_that_stages_share_those_held_out_for_a_test_are_read(tmp_path, gpt2_folder):
+    tokenizer = load_tokenizer(str(gpt2_folder))
+    asked = [f"w{i} w{j}" for i in range(3, 12) for j in range(3, 12)]
+    rows = [{"question": text, "answers": ["w5 w6", "w7"]} for text in asked]
+    path = jsonl(tmp_path / "shared.jsonl", rows)
+    (tmp_path / "folder").mkdir()
+    for name, part in (("one", rows[:40]), ("two", rows[40:])):
+        jsonl(tmp_path / "folder" / f"{name}.jsonl", part)
+    shares = Shares(supervised=0.3, reward=0.2, rl=0.1, evaluation=0.4)
+    held_out = [q for q in asked if shares.part_of(q) == "evaluation" and evaluation_half(q) == "test"]
+    assert 4 < len(held_out) < 40
+    assert read_prompts(path, shares=shares) == [f"Question: {text}\n\nAnswer:" for text in held_out]
+    assert read_prompts(tmp_path / "folder", shares=shares) == read_prompts(path, shares=shares)
+    assert read_prompts(path, limit=3, shares=shares) == [f"Question: {text}\n\nAnswer:" for text in held_out[:3]]
+    documents = read_documents(path, tokenizer, limit=3, shares=shares)
+    whole = [tokenizer(f"Question: {text}\n\nAnswer: w5 w6")["input_ids"] for text in held_out[:3]]
+    assert [document.tokens for document in documents] == whole
+    with pytest.raises(UserError, match="no question for a test"):
+        read_prompts(path, shares=Shares(supervised=0.5, reward=0.25, rl=0.25 - 1e-9, evaluation=1e-9))

@@ -7,13 +7,17 @@ import yaml
 
 from elastic_lightning.cli import main
 from elastic_lightning.data import ToyTranslationDataModule
+from elastic_lightning.evaluation import evaluate
 from elastic_lightning.evaluation.stages import read_pipeline
 from elastic_lightning.lightning_cli import ElasticCLI
 from elastic_lightning.policies import ModelSource, load_policy
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
-METHODS = [path for path in FILES if path.name != "pipeline.yaml" and path.parts[1] != "trainer"]
+EVALUATIONS = [path for path in FILES if path.name == "evaluation.yaml"]
+METHODS = [
+    path for path in FILES if path.name not in ("pipeline.yaml", "evaluation.yaml") and path.parts[1] != "trainer"
+]
 GAMES = ("policy_gradient", "frozen", "kl", "s2p", "sil", "elastic_reset")
 OVERLAYS = [path for path in FILES if path.parts[1] == "trainer"]
 PIPELINES = [path for path in FILES if path.name == "pipeline.yaml"]
@@ -49,6 +53,12 @@ def test_a_method_parses(path):
 @pytest.mark.parametrize("path", OVERLAYS, ids=str)
 def test_an_overlay_parses_over_a_method(path):
     parse("--config", METHODS[0], "--config", path)
+
+
+@pytest.mark.parametrize("path", EVALUATIONS, ids=str)
+def test_an_evaluation_parses(path):
+    given = evaluate.make_parser().parse_args(["--config", str(path), "--model=MODEL"])
+    assert given.texts.path and given.questions.path and given.reward.class_path
 
 
 @pytest.mark.parametrize("path", PIPELINES, ids=str)
