@@ -182,8 +182,8 @@ def assert_same(folder: Path, trainer: Trainer, whole_folder: Path, whole: Train
     ours, theirs = state(trainer, folder), state(whole, whole_folder)
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
-        same = torch.equal(ours[name], value) if isinstance(value, torch.Tensor) else ours[name] == value
-        assert same or value != value, (name, ours[name], value)
+        same = torch.equal(ours[name], value) if isinstance(value, torch.Tensor) else repr(ours[name]) == repr(value)
+        assert same, (name, ours[name], value)
     assert logged(folder) == logged(whole_folder)
     for tag, steps in logged(folder).items():
         assert tag == "epoch" or len({step for step, _ in steps}) == len(steps)
@@ -249,13 +249,6 @@ def test_a_run_of_a_number_of_steps_is_resumed_in_any_epoch(words, tmp_path, who
     resumed = run("language_model", words, tmp_path, resume=True, **limits)
     assert resumed.global_step == 7
     assert_same(tmp_path, resumed, *whole("language_model", **limits))
-
-
-def test_a_run_that_ended_within_an_epoch_can_be_made_longer(words, tmp_path, whole):
-    short = {"max_epochs": -1, "max_steps": 5}
-    run("reward_model", words, tmp_path, **short)
-    longer = short | {"max_steps": 8}
-    assert_same(tmp_path, run("reward_model", words, tmp_path, resume=True, **longer), *whole("reward_model", **longer))
 
 
 def test_gradients_on_their_way_are_not_cut(words, tmp_path, whole):
