@@ -16,10 +16,13 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
 EVALUATIONS = [path for path in FILES if path.name == "evaluation.yaml"]
 METHODS = [
-    path for path in FILES if path.name not in ("pipeline.yaml", "evaluation.yaml") and path.parts[1] != "trainer"
+    path
+    for path in FILES
+    if path.name not in ("pipeline.yaml", "evaluation.yaml", "eight_gpus.yaml") and path.parts[1] != "trainer"
 ]
 GAMES = ("policy_gradient", "frozen", "kl", "s2p", "sil", "elastic_reset")
 OVERLAYS = [path for path in FILES if path.parts[1] == "trainer"]
+SEVERAL_GPUS = Path("configs/stack_exchange/llama-7b/eight_gpus.yaml")  # an overlay over the methods beside it
 PIPELINES = [path for path in FILES if path.name == "pipeline.yaml"]
 
 
@@ -53,6 +56,12 @@ def test_a_method_parses(path):
 @pytest.mark.parametrize("path", OVERLAYS, ids=str)
 def test_an_overlay_parses_over_a_method(path):
     parse("--config", METHODS[0], "--config", path)
+
+
+def test_eight_gpus_share_the_batch_of_one():
+    whole = parse("--config", SEVERAL_GPUS.with_name("ppo.yaml"))
+    shared = parse("--config", SEVERAL_GPUS.with_name("ppo.yaml"), "--config", SEVERAL_GPUS)
+    assert shared.data.init_args.batch_size * shared.trainer.devices == whole.data.init_args.batch_size == 16
 
 
 @pytest.mark.parametrize("path", EVALUATIONS, ids=str)
