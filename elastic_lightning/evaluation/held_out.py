@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
+from elastic_lightning.data.dialogue import QuestionAnswer
 from elastic_lightning.data.files import column, read_splits, read_table, table_files
 from elastic_lightning.data.questions import Shares, evaluation_half
 from elastic_lightning.errors import UserError
@@ -15,7 +16,8 @@ from elastic_lightning.evaluation.perplexity import Document
 if TYPE_CHECKING:
     from datasets import Dataset
 
-QUESTION = "Question: {}\n\nAnswer:"  # as in StackLLaMA; the space after it is the first of the answer
+DIALOGUE = QuestionAnswer()
+QUESTION = DIALOGUE.prompt("{}")
 ANSWERS = ("answers", "response_j")  # the best first, or the better one of a pair
 
 
@@ -109,8 +111,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _answered(tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -> Document:
-    prompt = QUESTION.format(question)
-    whole, before = encode(tokenizer, f"{prompt} {answer}"), encode(tokenizer, prompt)
+    whole = encode(tokenizer, DIALOGUE.text(question, answer))
+    before = encode(tokenizer, DIALOGUE.prompt(question))
     # The tokens of the prompt are the first of the whole, but for the last one where the answer's first joins it.
     same = next((i for i, (one, two) in enumerate(zip(whole, before, strict=False)) if one != two), len(before))
     return Document(whole, same)
