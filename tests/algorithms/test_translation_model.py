@@ -37,7 +37,8 @@ def build(toy, architecture=MARIAN, seed=0, **options):
     module = TranslationModel(ModelSource(architecture=architecture, tokenizer=toy.folder), **options)
     with torch.no_grad():
         for parameter in module.model.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
+            if parameter.requires_grad:  # Marian's positions are a function of theirs, and no checkpoint keeps them
+                parameter += 0.05 * torch.randn_like(parameter)
         if hasattr(module.model, "final_logits_bias"):
             module.model.final_logits_bias.normal_()
         module.model.get_input_embeddings().weight[PAD] = 0  # as Marian's padding is

@@ -73,4 +73,4 @@ def test_a_policy_is_no_reward_model(toy, toy_fit, tmp_path, kind, capsys):
     assert main(arguments) == 2
     assert main(arguments) == 2  # the parser wraps what a constructor raises
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ") and "has no trained classification head (score.weight is missing)" in error
+    assert error.startswith("error: ") and "holds no GPT2ForSequenceClassification" in error and "score.weight" in error
