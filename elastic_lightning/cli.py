@@ -117,8 +117,7 @@ def _keep_memory() -> None:
 
 def _user_mistake(error: Exception, argv: list[str]) -> str | None:
     """The line to show for errors that other libraries raise for wrong input; None for everything else."""
-    cause: BaseException | None = error
-    while cause is not None:  # a parser wraps what a constructor raises
+    for cause in _chain(error):  # a parser wraps what a constructor raises
         if isinstance(cause, UserError):
             return str(cause)
         if isinstance(cause, OSError) and cause.errno in DISK_FULL:
@@ -126,13 +125,22 @@ def _user_mistake(error: Exception, argv: list[str]) -> str | None:
             return f"{cause.strerror}{where}; free some space, then go on with --ckpt_path last"
         if "torch" in sys.modules and (line := _out_of_memory(cause)):
             return line
-        cause = cause.__cause__ or cause.__context__
     if type(error).__name__ == "ArgumentError":
         fields = [argument for argument in argv if argument.startswith("--trainer.callbacks.")]
         return _condense(str(error)) + (CALLBACK_FIELDS if fields else "")
     if type(error).__name__ == "MisconfigurationException":
         return " ".join(str(error).split())
     return None
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error and what led to it, each once: an error raised again can be the context of its own cause."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and all(cause is not other for other in chain):
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return chain
 
 
 def _out_of_memory(error: BaseException) -> str | None:

@@ -126,11 +126,14 @@ class ElasticCLI(LightningCLI):
         except Preempted as stop:
             if self.trainer.is_global_zero:
                 print(f"{stop}\nresume with: {resume_line(self.argv)}", flush=True)
-        except BaseException:
+        except BaseException as error:
             if fresh and self.trainer.is_global_zero and self.trainer.global_step == 0:
                 for logger in self.trainer.loggers:
                     logger.finalize("failed")
                 shutil.rmtree(folder, ignore_errors=True)  # nothing was trained: leave nothing in the way of a retry
+            elif first and folder and isinstance(error, Exception) and not folder.is_dir():
+                # Whoever wrote first met it: a checkpoint, or a logger, whose own message says nothing of it.
+                raise UserError(f"the run's folder is gone: {folder}/checkpoints and all beside it") from error
             raise
 
     def after_test(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from elastic_lightning.algorithms import PPO
-from elastic_lightning.cli import main
+from elastic_lightning.cli import _chain, main
 from elastic_lightning.resume import differences, resume_line
 
 
@@ -187,3 +187,9 @@ def test_differences_name_settings_as_the_command_line_does():
 def test_the_line_to_resume_replaces_the_checkpoint():
     assert resume_line(["fit", "--ckpt_path", "a", "--x=b c"]) == "elastic-lightning fit '--x=b c' --ckpt_path=last"
     assert resume_line(["fit", "--ckpt_path=a"]) == "elastic-lightning fit --ckpt_path=last"
+
+
+def test_errors_that_lead_to_one_another_are_read_once():
+    first, second = ValueError("first"), OSError("second")
+    first.__cause__, second.__context__ = second, first
+    assert _chain(first) == [first, second]
