@@ -305,7 +305,7 @@ def close(pipeline: Pipeline, console: Console) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """`elastic-lightning pipeline FILE [--data DIR] [--output DIR] [--jobs N] [--only STAGE ...] [--force]`.
+    """`elastic-lightning pipeline FILE [--data DIR] [--model DIR] [--output DIR] [--jobs N] [--only STAGE ...]`.
 
     Raises:
         UserError: anything is wrong with the file or the arguments; nothing has run then.
@@ -313,10 +313,11 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="elastic-lightning pipeline", description=__doc__, allow_abbrev=False)
     parser.add_argument("file", type=Path, metavar="FILE", help="the pipeline, a YAML file")
     parser.add_argument("--data", type=Path, metavar="DIR", help="the folder that {data} stands for in the file")
+    parser.add_argument("--model", metavar="DIR", help="the folder or hub id that {model} stands for in the file")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where the runs go, instead of the file's 'output'")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at once, each with cores // N threads")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="run these stages; those before must be complete")
     parser.add_argument("--force", action="store_true", help="run stages although they are up to date")
     given = parser.parse_args(argv)
-    pipeline = read_pipeline(given.file, given.data, given.output, given.jobs)
+    pipeline = read_pipeline(given.file, given.data, given.output, given.jobs, given.model)
     return run(pipeline, only=given.only, force=given.force)

@@ -2,6 +2,7 @@
 
     output: tb_logs/toy                # default of --output
     data: null                         # default of --data, the folder that {data} stands for
+    model: null                        # default of --model, the folder or hub id that {model} stands for
     jobs: 2                            # runs at once, each with cores // jobs threads
     stages:
       language_model:
@@ -15,7 +16,8 @@
         report: true                   # the closing report is over such stages, or over all that log the reward
     report: {reward: val/reward, drift: val/kl}
 
-`arguments`, `set` and `produces` may hold {output}, {data}, {seed} and {run}, which is {output}/<stage>/seed_<seed>.
+`arguments`, `set` and `produces` may hold {output}, {data}, {model}, {seed} and {run}, the last of which is
+{output}/<stage>/seed_<seed>.
 """
 
 import difflib
@@ -32,7 +34,7 @@ import yaml
 from elastic_lightning.errors import UserError
 
 SCALARS = (str, int, float)
-FILE_KEYS = {"output": str, "data": str, "jobs": int, "stages": dict, "report": dict}
+FILE_KEYS = {"output": str, "data": str, "model": str, "jobs": int, "stages": dict, "report": dict}
 REPORT_KEYS = {"reward": str, "drift": str}
 STAGE_KEYS = {
     "command": str,
@@ -45,7 +47,7 @@ STAGE_KEYS = {
     "report": bool,
 }
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
-PLACEHOLDERS = ("output", "data", "run", "seed")
+PLACEHOLDERS = ("output", "data", "model", "run", "seed")
 
 
 class Run(NamedTuple):
@@ -75,7 +77,11 @@ class Pipeline(NamedTuple):
 
 
 def read_pipeline(
-    file: Path, data: Path | None = None, output: Path | None = None, jobs: int | None = None
+    file: Path,
+    data: Path | None = None,
+    output: Path | None = None,
+    jobs: int | None = None,
+    model: str | None = None,
 ) -> Pipeline:
     """The pipeline in a YAML file; arguments that are given win over the file.
 
@@ -92,6 +98,7 @@ def read_pipeline(
     data = data or (Path(content["data"]) if "data" in content else None)
     if data is not None and not data.is_dir():
         raise UserError(f"--data: no such folder: {data}")
+    inputs = {"data": data, "model": model or content.get("model")}
     jobs = jobs if jobs is not None else content.get("jobs", 1)
     if jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {jobs}")
@@ -100,7 +107,7 @@ def read_pipeline(
         check_stage(name, stage, stages, f"{file}: stage {name!r}")
     runs: dict[str, Run] = {}
     for name in in_order(stages, file):
-        runs |= {run.name: run for run in stage_runs(name, stages, file, output, data)}
+        runs |= {run.name: run for run in stage_runs(name, stages, file, output, inputs)}
     return Pipeline(output, jobs, runs, content.get("report", {}))
 
 
@@ -197,8 +204,8 @@ def in_order(stages: dict, file: Path) -> list[str]:
 # ---- from a stage to its runs ---------------------------------------------------------------------------------------
 
 
-def stage_runs(name: str, stages: dict, file: Path, output: Path, data: Path | None) -> list[Run]:
-    """The runs of a stage, one a seed, with every placeholder filled in."""
+def stage_runs(name: str, stages: dict, file: Path, output: Path, inputs: dict[str, Any]) -> list[Run]:
+    """The runs of a stage, one a seed, with every placeholder filled in; `inputs` holds data and model."""
     stage, where = stages[name], f"{file}: stage {name!r}"
     needs = [f"{need}/seed_{seed}" for need in listed(stage, "needs") for seed in listed(stages[need], "seeds", [1])]
     configs = [file.parent / config for config in listed(stage, "config")]
@@ -208,7 +215,7 @@ def stage_runs(name: str, stages: dict, file: Path, output: Path, data: Path | N
     runs = []
     for seed in listed(stage, "seeds", [1]):
         folder = output / name / f"seed_{seed}"
-        values = {"output": output, "data": data, "run": folder, "seed": seed}
+        values = {"output": output, **inputs, "run": folder, "seed": seed}
         runs.append(
             Run(
                 stage=name,
@@ -217,7 +224,7 @@ def stage_runs(name: str, stages: dict, file: Path, output: Path, data: Path | N
                 arguments=command_line(fill(stage, values, where), configs, output, name, seed),
                 produces=[Path(path) for path in fill(listed(stage, "produces", ["{run}/final"]), values, where)],
                 needs=needs,
-                fingerprint=fingerprint(stage, configs, seed, data),
+                fingerprint=fingerprint(stage, configs, seed, inputs),
                 report=bool(stage.get("report")),
             )
         )
@@ -269,11 +276,11 @@ def flag(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=1_000_000).removesuffix("\n").removesuffix("\n...")
 
 
-def fingerprint(stage: dict, configs: list[Path], seed: int, data: Path | None) -> str:
+def fingerprint(stage: dict, configs: list[Path], seed: int, inputs: dict[str, Any]) -> str:
     """Changes with everything that decides a run's result; not with {output}, so that a folder of runs may move."""
     recipe = {key: stage.get(key) for key in ("command", "arguments", "set")}
     text = json.dumps(recipe, sort_keys=True, default=str)
-    where = str(data) if "{data}" in text else ""
+    where = [str(value).encode() for name, value in inputs.items() if f"{{{name}}}" in text]
     contents = [config.read_bytes() for config in configs]
-    parts = [text.encode(), where.encode(), str(seed).encode(), *contents]
+    parts = [text.encode(), *where, str(seed).encode(), *contents]
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()

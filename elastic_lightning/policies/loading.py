@@ -57,7 +57,8 @@ class ModelSource:
 
     Attributes:
         path: hub id or a local `save_pretrained` folder.
-        gguf_file: name of a GGUF file inside `path` (needs the extra `[gguf]`).
+        gguf_file: name of a GGUF file inside `path` (needs the extra `[gguf]`); a folder that holds one alone, and no
+            config.json, needs no name.
         architecture: fields of a Hugging Face config for random weights, e.g. ``{model_type: gpt2, n_embd: 256}`` or
             ``{model_type: marian, d_model: 256, encoder_layers: 3, decoder_layers: 3, scale_embedding: true}``; the
             vocabulary size and special tokens come from the tokenizer. The decoder of an encoder-decoder starts with
@@ -174,6 +175,7 @@ def load_tokenizer(path: str, gguf_file: str | None = None, trust_remote_code: b
     embedding is not resized: pad ids are masked, and replaced by 0, before every forward. Some tokenizers (Marian's,
     T5's) append the end-of-text token to what they encode; `encoding` ends each text once.
     """
+    gguf_file = gguf_file or lone_gguf(path)
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     if not Path(path).exists() and hub_offline():
         extra["local_files_only"] = True
@@ -208,8 +210,9 @@ def from_path(auto_class: type, source: ModelSource, new_head: bool = False, **o
     Raises:
         UserError: they cannot be loaded, or some are missing; with `new_head` those are random, to be trained.
     """
-    if source.gguf_file is not None:
-        options["gguf_file"] = source.gguf_file
+    gguf_file = source.gguf_file or lone_gguf(source.path)
+    if gguf_file is not None:
+        options["gguf_file"] = gguf_file
     if source.quantization is not None:
         check_quantization(source.quantization)
         options["quantization_config"] = quantization_config(source.quantization, source.dtype)
@@ -231,6 +234,15 @@ def from_path(auto_class: type, source: ModelSource, new_head: bool = False, **o
         kind = type(model).__name__
         raise UserError(f"{source.path} holds no {kind}: {len(missing)} of its weights are missing, e.g. {missing[0]}")
     return fuse_gelu(model)
+
+
+def lone_gguf(path: str) -> str | None:
+    """The name of the GGUF file in a folder that holds one and no config.json of its own, as a download does."""
+    folder = Path(path)
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return None
+    files = [file.name for file in folder.glob("*.gguf")]
+    return files[0] if len(files) == 1 else None
 
 
 def from_architecture(

@@ -371,3 +371,15 @@ def test_missing_file_and_main_options(world):
     read = read_pipeline(world / "pipeline.yaml", world, world / "elsewhere", 3)
     assert (read.output, read.jobs) == (world / "elsewhere", 3)
     assert os.fspath(read.runs["one/seed_1"].folder).startswith(str(world / "elsewhere"))
+
+
+def test_the_model_is_a_placeholder_with_a_default(world):
+    stages = {"one": stage("a", set={"x": "{model}"}), "two": stage("b")}
+    with pytest.raises(UserError, match="--model"):
+        read_pipeline(write(world, stages))
+    file = write(world, stages, model="org/name")
+    default, given = read_pipeline(file), read_pipeline(file, model="folder")
+    assert "--x=org/name" in default.runs["one/seed_1"].arguments
+    assert "--x=folder" in given.runs["one/seed_1"].arguments
+    changed = [name for name in default.runs if default.runs[name].fingerprint != given.runs[name].fingerprint]
+    assert changed == ["one/seed_1"]  # another model is another run, where it is read

@@ -18,12 +18,13 @@ EVALUATIONS = [path for path in FILES if path.name == "evaluation.yaml"]
 METHODS = [
     path
     for path in FILES
-    if path.name not in ("pipeline.yaml", "evaluation.yaml", "eight_gpus.yaml") and path.parts[1] != "trainer"
+    if path.name not in ("pipeline.yaml", "humaneval.yaml", "evaluation.yaml", "eight_gpus.yaml")
+    and path.parts[1] != "trainer"
 ]
 GAMES = ("policy_gradient", "frozen", "kl", "s2p", "sil", "elastic_reset")
 OVERLAYS = [path for path in FILES if path.parts[1] == "trainer"]
 SEVERAL_GPUS = Path("configs/stack_exchange/llama-7b/eight_gpus.yaml")  # an overlay over the methods beside it
-PIPELINES = [path for path in FILES if path.name == "pipeline.yaml"]
+PIPELINES = [path for path in FILES if path.name in ("pipeline.yaml", "humaneval.yaml")]
 
 
 class Parsed(Exception):
@@ -79,6 +80,9 @@ def test_a_pipeline_is_sound(path, tmp_path):
             init = parse(*arguments, command=command).model.init_args
             source = init.get("policy") or init.get("classifier") or init["sender"]
             ModelSource(**{field: source[field] for field in ("path", "architecture", "tokenizer")})
+        elif command == "evaluate":
+            given = evaluate.make_parser().parse_args(arguments)
+            assert given.allow_code_execution == (path.name == "humaneval.yaml")
 
 
 def test_the_saved_config_parses_again(toy_fit, tmp_path):

@@ -20,7 +20,7 @@ from elastic_lightning.policies import (
     load_policy,
     load_tokenizer,
 )
-from elastic_lightning.policies.loading import load_source
+from elastic_lightning.policies.loading import load_source, lone_gguf
 from elastic_lightning.policies.saving import save_model
 
 GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
@@ -249,6 +249,16 @@ def test_a_gguf_file_holds_the_same_model(gguf_folder, llama_folder, tokenizer_f
     assert own.tokenizer.pad_token_id is not None and own.tokenizer.pad_token_id != own.tokenizer.eos_token_id == 2
     other = load_policy(gguf_folder, gguf_file="tiny.gguf", tokenizer=tokenizer_folder)  # an ordinary folder
     assert other.tokenizer.eos_token == "<eos>"
+
+
+def test_the_only_gguf_file_of_a_folder_needs_no_name(gguf_folder, tmp_path):
+    tokens = torch.tensor([[3, 4, 5, 20]])
+    named, found = load_policy(gguf_folder, gguf_file="tiny.gguf"), load_policy(gguf_folder)
+    assert torch.equal(found.model(input_ids=tokens).logits, named.model(input_ids=tokens).logits)
+    assert found.tokenizer.get_vocab() == named.tokenizer.get_vocab()
+    for name in ("a.gguf", "b.gguf"):  # two: which one is meant?
+        (tmp_path / name).touch()
+    assert lone_gguf(gguf_folder) == "tiny.gguf" and lone_gguf(str(tmp_path)) is lone_gguf("org/name") is None
 
 
 def test_a_missing_gguf_file_is_one_line(gguf_folder):
