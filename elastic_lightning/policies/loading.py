@@ -233,6 +233,8 @@ def from_path(auto_class: type, source: ModelSource, new_head: bool = False, **o
     if missing and not new_head:
         kind = type(model).__name__
         raise UserError(f"{source.path} holds no {kind}: {len(missing)} of its weights are missing, e.g. {missing[0]}")
+    if gguf_file is not None:  # read into whole weights, and marked as quantised all the same: it could not be saved
+        model.hf_quantizer.remove_quantization_config(model)
     return fuse_gelu(model)
 
 

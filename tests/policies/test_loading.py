@@ -16,11 +16,13 @@ from transformers import (
 import elastic_lightning.policies.loading as loading
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import (
+    LoRA,
     ModelSource,
     load_policy,
     load_tokenizer,
 )
 from elastic_lightning.policies.loading import load_source, lone_gguf
+from elastic_lightning.policies.merging import merge_adapter
 from elastic_lightning.policies.saving import save_model
 
 GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
@@ -259,6 +261,21 @@ def test_the_only_gguf_file_of_a_folder_needs_no_name(gguf_folder, tmp_path):
     for name in ("a.gguf", "b.gguf"):  # two: which one is meant?
         (tmp_path / name).touch()
     assert lone_gguf(gguf_folder) == "tiny.gguf" and lone_gguf(str(tmp_path)) is lone_gguf("org/name") is None
+
+
+def test_an_adapter_on_a_gguf_file_is_merged_into_whole_weights(gguf_folder, tmp_path):
+    tokens = torch.tensor([[3, 4, 5, 20]])
+    trained = load_policy(gguf_folder, lora=LoRA(rank=2, targets=["q_proj"]))
+    with torch.no_grad():
+        for name, parameter in trained.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+    expected = trained.model(input_ids=tokens).logits
+    assert not torch.allclose(expected, load_policy(gguf_folder).model(input_ids=tokens).logits, atol=1e-3)
+    save_model(trained.model, trained.tokenizer, tmp_path / "adapter", "adapter")
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")  # no GGUF file beside it, nothing quantised
+    torch.testing.assert_close(merged(input_ids=tokens).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_missing_gguf_file_is_one_line(gguf_folder):
