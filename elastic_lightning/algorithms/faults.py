@@ -20,21 +20,22 @@ class Faults:
     """Counts of what went wrong in a run, over all of it and all ranks.
 
     Args:
-        limit: batches that may be skipped; one more stops the run.
+        unit: what is counted, for messages.
+        option: the option that limits it.
 
     Attributes:
         skipped: number of batches skipped, by what was not finite: reward, loss or gradient.
         masked: responses that were left out because the reward raised on them.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, unit: str = "PPO batch", option: str = "ppo.max_skipped") -> None:
+        self.unit, self.option = unit, option
         self.skipped: dict[str, int] = {}
         self.masked = 0
         self._warned_of_ratio = False
 
-    def skip(self, fault: NotFinite, batch: int) -> None:
-        """Count the skipped batch of this number, and say so.
+    def skip(self, fault: NotFinite, number: int, limit: int) -> None:
+        """Count the skipped batch of this number, and say so; `limit` of them may be skipped in a run.
 
         Raises:
             UserError: that is one too many.
@@ -43,11 +44,11 @@ class Faults:
         total = sum(self.skipped.values())
         counts = ", ".join(f"{what} {count}" for what, count in self.skipped.items())
         line = (
-            f"PPO batch {batch} is skipped, its {fault.what} is not finite: {fault} "
-            f"(skipped so far: {counts}; ppo.max_skipped is {self.limit})"
+            f"{self.unit} {number} is skipped, its {fault.what} is not finite: {fault} "
+            f"(skipped so far: {counts}; {self.option} is {limit})"
         )
-        if total > self.limit:
-            causes = "" if fault.what == "reward" else f". Likely causes: {CAUSES}"
+        if total > limit:
+            causes = "" if fault.what == "reward" or self.unit != "PPO batch" else f". Likely causes: {CAUSES}"
             raise UserError(f"{line}{causes}")
         warnings.warn(line, stacklevel=2)  # on every rank: each knows its own part
 

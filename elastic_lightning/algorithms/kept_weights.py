@@ -37,8 +37,9 @@ def _checksums(tensor: Tensor) -> list[tuple[int, int]]:
 
 
 def frozen_part(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters that are not trained."""
-    return {name: parameter for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    """Parameters that are not trained and lie in a folder somewhere: not peft's first copy of a head that is new."""
+    named = module.named_parameters()
+    return {name: value for name, value in named if not value.requires_grad and ".original_module." not in name}
 
 
 def names_without(state: Mapping[str, Tensor], left_out: Mapping[str, Tensor]) -> set[str]:

@@ -15,13 +15,9 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torchmetrics import Metric
 
+from elastic_lightning.algorithms.batch_statistics import batch_statistics, ratio_deviation
 from elastic_lightning.algorithms.execution import Execution
-from elastic_lightning.algorithms.experience import (
-    Experience,
-    explained_variance,
-    make_experience,
-    shape_scores,
-)
+from elastic_lightning.algorithms.experience import Experience, make_experience, shape_scores
 from elastic_lightning.algorithms.faults import Faults, check_finite
 from elastic_lightning.algorithms.hyperparameters import from_plain
 from elastic_lightning.algorithms.minibatch import Lengths, MiniBatch, micro_batches
@@ -31,7 +27,7 @@ from elastic_lightning.algorithms.ranks import ScoredBatch, any_rank, rows_of_ra
 from elastic_lightning.algorithms.schedules import schedule_factor
 from elastic_lightning.algorithms.supervised import can_fuse
 from elastic_lightning.errors import NotFinite, UserError
-from elastic_lightning.functional import TokenLoss, kl_k1, kl_k3, masked_mean, ppo_policy_loss, ppo_value_loss
+from elastic_lightning.functional import TokenLoss, masked_mean, ppo_policy_loss, ppo_value_loss
 from elastic_lightning.policies import (
     ModelSource,
     PairedTexts,
@@ -41,7 +37,6 @@ from elastic_lightning.policies import (
     Sampling,
     Texts,
     counter_uniforms,
-    ended,
 )
 from elastic_lightning.policies.reference import ReferenceKind
 from elastic_lightning.policies.sharding import full
@@ -94,7 +89,7 @@ class PPO(PolicyModule):
         self.kl_controller = ppo.kl_controller()
         self.seconds: dict[str, float] = {}
         self.grad_norm = torch.tensor(0.0)
-        self.faults = Faults(ppo.max_skipped)
+        self.faults = Faults()
         self.batch_skipped = False  # the last training batch taught nothing: weight callbacks leave it out
         if policy.lora is not None and policy.lora.dropout > 0:
             rank_zero_warn("lora.dropout is 0 in reinforcement learning: the value given is not used")
@@ -135,7 +130,7 @@ class PPO(PolicyModule):
         with self._timed("update"):
             losses = self.update(MiniBatch(scored.prompts, scored.rollout, experience, scored.trunk, scored.pairs))
         if recomputed:
-            deviation = _ratio_deviation(rollout.logprobs - decoded.logprobs, rollout.mask)
+            deviation = ratio_deviation(rollout.logprobs - decoded.logprobs, rollout.mask)
             losses["rollout_ratio_deviation"] = self._max_over_ranks(deviation).item()
         self.ppo_step += 1
         self._log_batch(scored, experience, losses)
@@ -225,7 +220,7 @@ class PPO(PolicyModule):
                 "value_clip_fraction": value_clip_fraction,
                 "approx_kl": masked_mean(-log_ratio, mask),
                 "ratio": masked_mean(log_ratio.exp(), mask),
-                "ratio_deviation": _ratio_deviation(log_ratio, mask),
+                "ratio_deviation": ratio_deviation(log_ratio, mask),
             }
         return loss, {name: value.detach() for name, value in measured.items()}
 
@@ -361,7 +356,7 @@ class PPO(PolicyModule):
         self.optimizers().zero_grad()
         self.batch_skipped = True
         self.ppo_step += 1
-        self.faults.skip(fault, self.ppo_step)
+        self.faults.skip(fault, self.ppo_step, self.config.max_skipped)
         self.log_scalars(self.faults.scalars())
 
     # Measuring --------------------------------------------------------------------------------------------------
@@ -396,52 +391,18 @@ class PPO(PolicyModule):
 
     def _log_batch(self, scored: ScoredBatch, experience: Experience, losses: dict[str, float]) -> None:
         """Log everything of one PPO batch, that of all ranks, at its ppo_step, and move the KL controller."""
-        rollout, scores, mask = scored.rollout, scored.scores, scored.rollout.mask
-        k1 = kl_k1(rollout.logprobs, scored.reference_logprobs).masked_fill(~mask, 0)
-        k3 = kl_k3(rollout.logprobs, scored.reference_logprobs).masked_fill(~mask, 0)
-        sums = {
-            "rows": mask.any(dim=1).sum(),
-            "left_out": (~mask.any(dim=1)).sum(),
-            "tokens": mask.sum(),
-            "reward": scores.total.sum(),
-            "reward_squared": scores.total.square().sum(),
-            "k1": k1.sum(),
-            "k3": k3.sum(),
-            "ended": ended(rollout.responses, self.tokenizer.eos_token_id).sum(),
-            "token_reward": experience.rewards.sum(),
-            **{f"reward_{name}": part.sum() for name, part in scores.components.items()},
-        }
-        packed = torch.stack([value.to(self.device, torch.float64) for value in sums.values()])
-        total = dict(zip(sums, packed.tolist(), strict=True))
-        rows, tokens = total["rows"], total["tokens"]
-        mean = total["reward"] / rows
-        kl = total["k1"] / rows
-        values = {
-            "reward": mean,
-            "reward_std": max(total["reward_squared"] / rows - mean**2, 0.0) ** 0.5,
-            "return": total["token_reward"] / rows,
-            "kl": kl,
-            "kl_k3": total["k3"] / rows,
-            "kl_per_token": total["k1"] / tokens,
-            "kl_k3_per_token": total["k3"] / tokens,
+        counts, measured = batch_statistics(scored, experience, self.tokenizer.eos_token_id, self.device)
+        values = measured | {
             "kl_coefficient": self.kl_controller.coefficient,
-            "length": tokens / rows,
-            "eos_rate": total["ended"] / rows,
-            "explained_variance": explained_variance(rollout.values, experience.returns, mask).item(),
             "learning_rate": self.optimizers().param_groups[0]["lr"],
-            **{
-                name: value / rows
-                for name, value in total.items()
-                if name.startswith("reward_") and name != "reward_squared"
-            },
             **losses,
         }
-        self.kl_controller.update(kl, int(rows))
+        self.kl_controller.update(measured["kl"], counts.rows)
         speed = {f"time/{name}_seconds": seconds for name, seconds in self.seconds.items()}
-        speed |= {f"time/{name}_tokens_per_second": tokens / seconds for name, seconds in self.seconds.items()}
-        speed["time/samples_per_second"] = rows / sum(self.seconds.values())
-        self.faults.masked += int(total["left_out"])
-        faults = self.faults.scalars() if total["left_out"] else {}
+        speed |= {f"time/{name}_tokens_per_second": counts.tokens / seconds for name, seconds in self.seconds.items()}
+        speed["time/samples_per_second"] = counts.rows / sum(self.seconds.values())
+        self.faults.masked += counts.left_out
+        faults = self.faults.scalars() if counts.left_out else {}
         self.log_scalars({f"train/{name}": value for name, value in values.items()} | speed | faults)
         self.log_dict({f"train/{name}": value for name, value in values.items()} | speed, logger=False)
 
@@ -466,8 +427,3 @@ class PPO(PolicyModule):
         self.kl_controller.load_state_dict(checkpoint["kl_controller"])
         if "faults" in checkpoint:  # not in those of earlier versions
             self.faults.load_state_dict(checkpoint["faults"])
-
-
-def _ratio_deviation(log_ratio: Tensor, mask: Tensor) -> Tensor:
-    """Largest distance of a valid token's ratio from 1."""
-    return torch.expm1(log_ratio.masked_fill(~mask, 0)).abs().max()

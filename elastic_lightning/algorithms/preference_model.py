@@ -102,10 +102,12 @@ class PreferenceModel(SupervisedModule):
             self.normalization.write(folder)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         measured = None if self.normalization is None else asdict(self.normalization)
         checkpoint["reward_normalization"] = {"measured": measured, "stale": self.normalization_is_stale}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         measured, self.normalization_is_stale = checkpoint["reward_normalization"].values()
         self.normalization = None if measured is None else ScoreNormalization(**measured)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
+from torch.nn.utils import get_total_norm
 
+from elastic_lightning.algorithms.faults import Faults
 from elastic_lightning.algorithms.kept_weights import (
     check_fingerprints,
     check_weights,
@@ -22,7 +25,7 @@ from elastic_lightning.algorithms.kept_weights import (
 )
 from elastic_lightning.algorithms.memory import keep_memory_of_fit
 from elastic_lightning.algorithms.schedules import Schedule, schedule_factor
-from elastic_lightning.errors import UserError
+from elastic_lightning.errors import NotFinite, UserError
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class AdamWConfig:
         betas: of AdamW.
         schedule: after the warm-up.
         warmup: optimizer steps of linear warm-up.
+        max_skipped: steps of a run that may be skipped because their gradient is NaN or infinite; one more stops the
+            run, and with 0 the first does.
     """
 
     learning_rate: float = 3e-4
@@ -42,12 +47,15 @@ class AdamWConfig:
     betas: tuple[float, float] = (0.9, 0.98)
     schedule: Schedule = "cosine"
     warmup: int = 100
+    max_skipped: int = 5
 
     def __post_init__(self) -> None:
         if not self.learning_rate > 0:
             raise UserError(f"optimizer.learning_rate must be above 0, got {self.learning_rate}")
         if self.schedule not in get_args(Schedule):
             raise UserError(f"optimizer.schedule must be one of {get_args(Schedule)}, got {self.schedule!r}")
+        if self.max_skipped < 0:
+            raise UserError(f"optimizer.max_skipped must be 0 or more, got {self.max_skipped}")
 
 
 def can_fuse(trainer: Trainer, device: torch.device) -> bool:
@@ -66,6 +74,8 @@ class SupervisedModule(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
+        self.faults = Faults("optimizer step", "optimizer.max_skipped")
+        self.batch_skipped = False  # weight callbacks leave such a batch out of their average
         self.strict_loading = False  # frozen weights stay out of checkpoints; on_load_checkpoint checks the rest
 
     def setup(self, stage: str) -> None:
@@ -100,6 +110,22 @@ class SupervisedModule(LightningModule):
         words = [seed, self.global_step, batch_idx, self.global_rank]
         torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1))
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take no step of a gradient that is not finite: without gradients neither weights nor moments move. All ranks
+        decide alike, for they hold the same gradient. A gradient scaler looks after its own."""
+        self.batch_skipped = False
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            return
+        gradients = [weight.grad for weight in self.parameters() if weight.grad is not None]
+        norm = get_total_norm(gradients).item()
+        if not math.isfinite(norm):
+            optimizer.zero_grad()
+            self.batch_skipped = True
+            loss = self.trainer.callback_metrics.get("train/loss", math.nan)
+            fault = NotFinite("gradient", f"norm {norm}, where the loss is {float(loss):.3g}")
+            self.faults.skip(fault, self.global_step + 1, self.optimizer_config.max_skipped)
+            self.log_dict(self.faults.scalars())
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out what is frozen: it is loaded from where it came from."""
         state, frozen = checkpoint["state_dict"], frozen_part(self)
@@ -107,12 +133,15 @@ class SupervisedModule(LightningModule):
         checkpoint["state_dict"] = {name: value for name, value in state.items() if name in kept}
         if frozen:
             checkpoint["frozen"] = {"base": fingerprint(frozen)}
+        checkpoint["faults"] = self.faults.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own, frozen = self.state_dict(), frozen_part(self)
         check_weights(checkpoint["state_dict"], own, names_without(own, frozen))
         if "frozen" in checkpoint:
             check_fingerprints(checkpoint["frozen"], {"base": fingerprint(frozen)})
+        if "faults" in checkpoint:  # not in those of earlier versions
+            self.faults.load_state_dict(checkpoint["faults"])
 
     def shadowed_parameters(self) -> dict[str, torch.Tensor]:
         """The weights that weight callbacks average: the trainable ones."""

@@ -276,13 +276,13 @@ def test_check_finite_names_what_is_not(bad):
 
 
 def test_the_state_of_the_counts_comes_back():
-    faults, other = Faults(5), Faults(5)
+    faults, other = Faults(), Faults()
     with pytest.warns(UserWarning, match="PPO batch 7"):
-        faults.skip(NotFinite("loss", "policy_loss nan"), 7)
+        faults.skip(NotFinite("loss", "policy_loss nan"), 7, limit=1)
     faults.masked = 3
     other.load_state_dict(faults.state_dict())
     assert other.scalars() == faults.scalars() == {"fault/loss": 1.0, "fault/masked": 3.0}
-    assert Faults(5).scalars() == {}
+    assert Faults().scalars() == {}
 
 
 def test_a_negative_limit_is_refused():

@@ -199,6 +199,8 @@ def test_checkpoints_keep_the_normalisation(toy, tmp_path, validated):
     trainer = toy.trainer(tmp_path)
     trainer.fit(module, toy.loader([preferences()]), toy.loader([preferences()]) if validated else None)
     trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    saved = torch.load(tmp_path / "saved.ckpt", weights_only=True)["state_dict"]
+    assert saved and all("lora_" in name or ".score." in name for name in saved)  # the base lies in its folder
     loaded = PreferenceModel.load_from_checkpoint(tmp_path / "saved.ckpt", weights_only=True)
     assert loaded.normalization == module.normalization and (loaded.normalization is not None) == validated
     assert loaded.normalization_is_stale is not validated

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -202,3 +203,55 @@ def test_gradients_are_clipped_in_every_precision(toy, tmp_path, precision):
     toy.trainer(tmp_path, precision=precision, gradient_clip_val=0.01).fit(module, toy.loader([blocks()] * 3))
     clipped = [float(norm) for norm in norms if norm > 0]
     assert clipped and max(clipped) == pytest.approx(0.01, rel=0.01)
+
+
+# A gradient that is not finite
+
+
+class Poison(Callback):
+    """Makes one gradient NaN at the given steps, and keeps the weights and Adam's moments around each step."""
+
+    def __init__(self, *steps):
+        self.steps, self.states = steps, []
+
+    def on_after_backward(self, trainer, module):
+        if trainer.global_step in self.steps:
+            next(module.parameters()).grad[0] = math.nan
+
+    def on_train_batch_end(self, trainer, module, *_):
+        weights = [parameter.detach().clone() for parameter in module.parameters()]
+        states = trainer.optimizers[0].state.values()
+        self.states.append(weights + [value.clone() for state in states for value in state.values()])
+
+
+def test_a_step_of_a_gradient_that_is_not_finite_is_not_taken(toy, tmp_path):
+    module, poison = LanguageModel(ModelSource(toy.folder), AdamWConfig(warmup=0)), Poison(1, 2)
+    trainer = toy.trainer(tmp_path, callbacks=[poison])
+    with pytest.warns(UserWarning, match="optimizer step 2 is skipped, its gradient is not finite: norm nan") as told:
+        trainer.fit(module, toy.loader([blocks(seed) for seed in range(5)]))
+    assert sum("is skipped" in str(warning.message) for warning in told) == 2
+    first, second, third, fourth, _ = poison.states
+    assert all(torch.equal(a, b) for a, b in zip(first, third, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(third, fourth, strict=True))
+    assert all(value.isfinite().all() for value in poison.states[-1])
+    assert trainer.callback_metrics["fault/gradient"] == 2
+    assert not module.batch_skipped
+
+
+def test_too_many_skipped_steps_stop_the_run(toy, tmp_path):
+    module = LanguageModel(ModelSource(toy.folder), AdamWConfig(max_skipped=1))
+    with pytest.raises(UserError, match=r"step 3 is skipped.*gradient 2; optimizer.max_skipped is 1"):
+        toy.trainer(tmp_path, callbacks=[Poison(1, 2)]).fit(module, toy.loader([blocks()] * 5))
+    with pytest.raises(UserError, match="max_skipped"):
+        AdamWConfig(max_skipped=-1)
+
+
+def test_a_resumed_run_gets_no_fresh_allowance(toy, tmp_path):
+    module, other = (LanguageModel(ModelSource(toy.folder)) for _ in range(2))
+    trainer = toy.trainer(tmp_path, callbacks=[Poison(0)])
+    with pytest.warns(UserWarning, match="step 1 is skipped"):
+        trainer.fit(module, toy.loader([blocks()]))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    toy.trainer(tmp_path).validate(other, toy.loader([blocks()]), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    assert other.faults.scalars() == {"fault/gradient": 1.0}

@@ -1,0 +1,69 @@
+"""What a PPO batch looked like: means of scores, KL and lengths over its rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from elastic_lightning.algorithms.experience import Experience, explained_variance
+from elastic_lightning.algorithms.ranks import ScoredBatch
+from elastic_lightning.functional import kl_k1, kl_k3
+from elastic_lightning.policies import ended
+
+
+class Counts(NamedTuple):
+    """Of a batch: rows with a score, rows that were left out, valid tokens."""
+
+    rows: int
+    left_out: int
+    tokens: int
+
+
+def batch_statistics(
+    scored: ScoredBatch, experience: Experience, eos_token_id: int | None, device: torch.device
+) -> tuple[Counts, dict[str, float]]:
+    """Counts of a batch and its means, read from the device at once.
+
+    Means are over the rows that have a score: of the reward and its parts (reward_*), of the return (the sum of what
+    the tokens were rewarded with), of KL in nats a response by two estimators, of the length in tokens, and of whether
+    it ended by itself; those named per_token are over valid tokens. `explained_variance` is that of the values.
+    """
+    rollout, scores, mask = scored.rollout, scored.scores, scored.rollout.mask
+    k1 = kl_k1(rollout.logprobs, scored.reference_logprobs).masked_fill(~mask, 0)
+    k3 = kl_k3(rollout.logprobs, scored.reference_logprobs).masked_fill(~mask, 0)
+    sums = {
+        "rows": mask.any(dim=1).sum(),
+        "left_out": (~mask.any(dim=1)).sum(),
+        "tokens": mask.sum(),
+        "reward": scores.total.sum(),
+        "reward_squared": scores.total.square().sum(),
+        "k1": k1.sum(),
+        "k3": k3.sum(),
+        "ended": ended(rollout.responses, eos_token_id).sum(),
+        "return": experience.rewards.sum(),
+    }
+    parts = {f"reward_{name}": part.sum() for name, part in scores.components.items()}
+    packed = torch.stack([value.to(device, torch.float64) for value in (*sums.values(), *parts.values())]).tolist()
+    total = dict(zip(sums, packed, strict=False))
+    rows, tokens = total["rows"], total["tokens"]
+    mean = total["reward"] / rows
+    return Counts(int(rows), int(total["left_out"]), int(tokens)), {
+        "reward": mean,
+        "reward_std": max(total["reward_squared"] / rows - mean**2, 0.0) ** 0.5,
+        "return": total["return"] / rows,
+        "kl": total["k1"] / rows,
+        "kl_k3": total["k3"] / rows,
+        "kl_per_token": total["k1"] / tokens,
+        "kl_k3_per_token": total["k3"] / tokens,
+        "length": tokens / rows,
+        "eos_rate": total["ended"] / rows,
+        "explained_variance": explained_variance(rollout.values, experience.returns, mask).item(),
+        **{name: value / rows for name, value in zip(parts, packed[len(sums) :], strict=True)},
+    }
+
+
+def ratio_deviation(log_ratio: Tensor, mask: Tensor) -> Tensor:
+    """Largest distance of a valid token's policy ratio from 1, of log-ratios [B, T]."""
+    return torch.expm1(log_ratio.masked_fill(~mask, 0)).abs().max()
