@@ -308,6 +308,8 @@ class PolicyModule(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         values = self.policy_metrics.compute_and_reset()
+        if self.ppo_step == 0:  # the policy loaded is its own reference, and a KL of 0 would look like no drift
+            values.pop("kl", None)
         self.log_dict({f"test/{name}": value for name, value in values.items()}, sync_dist=True)
 
     def predict_step(self, batch: Prompts, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:

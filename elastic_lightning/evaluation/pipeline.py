@@ -25,7 +25,6 @@ from elastic_lightning.evaluation import report
 from elastic_lightning.evaluation.progress import LOG, Job, display, duration, tail
 from elastic_lightning.evaluation.runs import DRIFT, REWARD, collect
 from elastic_lightning.evaluation.stages import Pipeline, Run, nearest, read_pipeline
-from elastic_lightning.evaluation.tax import find
 
 PROGRAM = (sys.executable, "-m", "elastic_lightning.cli")
 MARKER = ".pipeline"  # lies in every folder that a pipeline made and may therefore empty
@@ -297,9 +296,9 @@ def close(pipeline: Pipeline, console: Console) -> None:
     runs, left_out = collect(folders, tags["reward"], tags["drift"])
     if runs:
         output = pipeline.output / "report"
-        evaluated = find(run.folder for run in pipeline.runs.values() if run.name in ids)
+        complete = [run.folder for run in pipeline.runs.values() if run.name in ids]
         left_out = left_out if marked else []
-        report.make_report(runs, left_out, output, tags["reward"], tags["drift"], console, evaluated)
+        report.make_report(runs, left_out, output, tags["reward"], tags["drift"], console, complete)
     else:
         console.print(f"No report: no complete run logged {tags['reward']} and {tags['drift']}.", highlight=False)
 

@@ -7,7 +7,7 @@ alone (`<method>/seed_<N>`) are one method: its mean path is the mean over seeds
 import argparse
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from elastic_lightning.errors import UserError
@@ -22,7 +22,8 @@ from elastic_lightning.evaluation.comparison import (
 )
 from elastic_lightning.evaluation.frontier import draw
 from elastic_lightning.evaluation.runs import DRIFT, REWARD, Run, collect, common_parent
-from elastic_lightning.evaluation.tax import Evaluated, find, tax_rows, tax_table
+from elastic_lightning.evaluation.tax import find, tax_rows, tax_table
+from elastic_lightning.evaluation.tested import find_tests, rows_for_csv, tables
 
 
 def write_rows(path: Path, header: list[str], rows: list[list]) -> None:
@@ -107,10 +108,12 @@ def make_report(
     reward: str,
     drift: str,
     console,
-    evaluated: Sequence[Evaluated] = (),
+    folders: Iterable[Path] = (),
 ) -> None:
-    """Write table.csv, summary.csv and frontier.png into `output` and print the table; with what `evaluate` measured,
-    if it did, in evaluation.csv and a second table."""
+    """Write table.csv, summary.csv and frontier.png into `output` and print the table.
+
+    What `test` and `evaluate` measured and left in `folders` is printed and written too: test.csv, evaluation.csv.
+    """
     methods = group(runs, reward, drift)
     names = metric_names(runs, reward, drift)
     summary = summarize(methods, names)
@@ -120,6 +123,13 @@ def make_report(
     draw(output / "frontier.png", methods, names)
     print_report(build_table(methods, summary, names), notes(methods, names, left_out), console)
     written = ["table.csv", "summary.csv", "frontier.png"]
+    folders = list(folders)
+    tested, evaluated = find_tests(folders), find(folders)
+    if tested:
+        write_rows(output / "test.csv", *rows_for_csv(tested))
+        written.append("test.csv")
+        for table in tables(tested):
+            print_report(table, [], console)
     if evaluated:
         write_rows(output / "evaluation.csv", *tax_rows(evaluated))
         written.append("evaluation.csv")
@@ -155,5 +165,5 @@ def main(argv: list[str]) -> int:
             f"report: no run with the tags {given.reward!r} and {given.drift!r} under {where}: see --reward"
         )
     output = given.output or common_parent(runs) / "report"
-    make_report(runs, left_out, output, given.reward, given.drift, Console(), find(given.runs))
+    make_report(runs, left_out, output, given.reward, given.drift, Console(), given.runs)
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -55,25 +55,36 @@ def describe(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def find(folders: Iterable[Path]) -> list[Evaluated]:
+def find(
+    folders: Iterable[Path], file: str = FILE, numbers: Callable[[dict], dict[str, float]] = numbers_of
+) -> list[Evaluated]:
     """The evaluations under these folders, each once, in the order of the folders and of their paths.
+
+    Args:
+        folders: of runs, or above them.
+        file: how a file with an evaluation is named.
+        numbers: the columns of what the file holds.
 
     Raises:
         UserError: a file cannot be read.
     """
-    paths = dict.fromkeys(path for folder in folders for path in sorted(Path(folder).resolve().rglob(FILE)))
-    return [_read(path) for path in paths]
+    paths = dict.fromkeys(path for folder in folders for path in sorted(Path(folder).resolve().rglob(file)))
+    return [_read(path, numbers) for path in paths]
 
 
 def tax_table(evaluated: list[Evaluated]) -> Table:
     """One row a method: means over seeds with their standard errors."""
+    return table_of("evaluated", evaluated, _columns(evaluated))
+
+
+def table_of(title: str, evaluated: list[Evaluated], names: list[str]) -> Table:
+    """`title` over the methods, one row each, and their numbers by these names."""
     from rich import box
     from rich.table import Table
 
-    names = _columns(evaluated)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for head in ("evaluated", "seeds", *names):
-        table.add_column(head, justify="left" if head == "evaluated" else "right", overflow="fold")
+    for head in (title, "seeds", *names):
+        table.add_column(head, justify="left" if head == title else "right", overflow="fold")
     for method in dict.fromkeys(one.method for one in evaluated):
         seeds = [one for one in evaluated if one.method == method]
         table.add_row(method, str(len(seeds)), *(str(_mean(seeds, name)) for name in names))
@@ -82,14 +93,18 @@ def tax_table(evaluated: list[Evaluated]) -> Table:
 
 def tax_rows(evaluated: list[Evaluated]) -> tuple[list[str], list[list[Any]]]:
     """Header and one row a file, for a CSV; NaN where a part was not measured."""
-    names = _columns(evaluated)
+    return rows_of(evaluated, _columns(evaluated))
+
+
+def rows_of(evaluated: list[Evaluated], names: list[str]) -> tuple[list[str], list[list[Any]]]:
+    """Header and one row a file; NaN where one has no such number."""
     rows = [[one.method, one.seed, *(one.numbers.get(name, math.nan) for name in names)] for one in evaluated]
     return ["method", "seed", *names], rows
 
 
-def _read(path: Path) -> Evaluated:
+def _read(path: Path, numbers_in: Callable[[dict], dict[str, float]]) -> Evaluated:
     try:
-        numbers = numbers_of(json.loads(path.read_text(encoding="utf-8")))
+        numbers = numbers_in(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"cannot read the evaluation {path}: {error}") from error
     folder, of_best = path.parent, path.parent.name == "best"

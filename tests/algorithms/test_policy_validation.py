@@ -27,6 +27,7 @@ def moved(toy):
         sampling={"temperature": 0.7}, execution=Execution(scoring_batch_size=3), reward=toy.reward_class("w18")
     )
     toy.perturb(module, 0.05)
+    module.ppo_step = 1
     return module
 
 
@@ -140,6 +141,12 @@ def test_test_logs_the_same_numbers(toy, moved, tmp_path):
     tested = {name.removeprefix("test/"): value.item() for name, value in trainer.callback_metrics.items()}
     validated = validate(toy, moved, batches, tmp_path)
     assert tested == {name.removeprefix("val/"): value for name, value in validated.items()}
+
+
+def test_a_policy_that_is_its_own_reference_is_not_tested_for_drift(toy, tmp_path):
+    trainer = toy.trainer(tmp_path)
+    trainer.test(toy.ppo(), toy.loader([toy.prompts(rows=5)]), verbose=False)
+    assert "test/reward" in trainer.callback_metrics and "test/kl" not in trainer.callback_metrics
 
 
 def test_components_of_a_reward_are_logged(toy, tmp_path, read_events):

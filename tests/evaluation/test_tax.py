@@ -9,6 +9,7 @@ from test_report import path, write_run
 from elastic_lightning.errors import UserError
 from elastic_lightning.evaluation import report
 from elastic_lightning.evaluation.tax import describe, find, tax_rows, tax_table
+from elastic_lightning.evaluation.tested import find_tests, tables
 
 
 def evaluation(folder, perplexity=None, reward=None, **rates):
@@ -92,3 +93,30 @@ def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "evaluation.json").write_text("[1,")
     with pytest.raises(UserError, match=r"evaluation\.json"):
         find([tmp_path])
+
+
+# What test measured
+
+
+def measured(folder, **values):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "test.json").write_text(json.dumps({f"test/{name}": value for name, value in values.items()}))
+
+
+def test_tests_are_averaged_over_seeds_one_table_a_kind(tmp_path, capsys):
+    write_run(tmp_path / "ppo" / "seed_1", path([0.5, 0.8], [0, 10]))
+    for seed, shift in ((1, -1), (2, 1)):
+        measured(tmp_path / "ppo_test" / f"seed_{seed}", reward=0.8 + shift / 10, kl=5.0 + shift)
+    measured(tmp_path / "reward_model_test" / "seed_1", accuracy=0.75)
+    found = find_tests([tmp_path])
+    assert [(one.method, one.seed) for one in found] == [("ppo", 1), ("ppo", 2), ("reward_model", 1)]
+    assert [cells(table) for table in tables(found)] == [
+        [["tested", "ppo"], ["seeds", "2"], ["reward", "0.800 ± 0.100"], ["kl", "5.00 ± 1.00"]],
+        [["tested", "reward_model"], ["seeds", "1"], ["accuracy", "0.750"]],
+    ]
+    assert report.main([str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "5.00 ± 1.00" in printed and "0.750" in printed and "test.csv" in printed
+    with (tmp_path / "report" / "test.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["kl"], row["accuracy"]) for row in rows] == [("4.0", ""), ("6.0", ""), ("", "0.75")]
