@@ -294,12 +294,12 @@ def close(pipeline: Pipeline, console: Console) -> None:
     ids = completions(pipeline)
     folders = [run.folder for run in wanted if run.name in ids]
     runs, left_out = collect(folders, tags["reward"], tags["drift"])
+    complete = [run.folder for run in pipeline.runs.values() if run.name in ids]
     if runs:
         output = pipeline.output / "report"
-        complete = [run.folder for run in pipeline.runs.values() if run.name in ids]
         left_out = left_out if marked else []
         report.make_report(runs, left_out, output, tags["reward"], tags["drift"], console, complete)
-    else:
+    elif not report.print_measured(complete, console):
         console.print(f"No report: no complete run logged {tags['reward']} and {tags['drift']}.", highlight=False)
 
 

@@ -122,19 +122,29 @@ def make_report(
     write_summary(output / "summary.csv", methods, summary)
     draw(output / "frontier.png", methods, names)
     print_report(build_table(methods, summary, names), notes(methods, names, left_out), console)
-    written = ["table.csv", "summary.csv", "frontier.png"]
     folders = list(folders)
-    tested, evaluated = find_tests(folders), find(folders)
-    if tested:
-        write_rows(output / "test.csv", *rows_for_csv(tested))
-        written.append("test.csv")
-        for table in tables(tested):
-            print_report(table, [], console)
-    if evaluated:
-        write_rows(output / "evaluation.csv", *tax_rows(evaluated))
-        written.append("evaluation.csv")
-        print_report(tax_table(evaluated), [], console)
+    print_measured(folders, console)
+    written = ["table.csv", "summary.csv", "frontier.png", *write_measured(output, folders)]
     console.print(f"Wrote {', '.join(written)} to {output}", soft_wrap=True, highlight=False)
+
+
+def write_measured(output: Path, folders: list[Path]) -> list[str]:
+    """What `test` and `evaluate` left in these folders, as CSV; the files written."""
+    tested, evaluated = find_tests(folders), find(folders)
+    written = {"test.csv": rows_for_csv(tested)} if tested else {}
+    written |= {"evaluation.csv": tax_rows(evaluated)} if evaluated else {}
+    for name, (header, rows) in written.items():
+        write_rows(output / name, header, rows)
+    return list(written)
+
+
+def print_measured(folders: list[Path], console) -> bool:
+    """Print the tables of the same; whether there are any."""
+    evaluated = find(folders)
+    shown = [*tables(find_tests(folders)), *([tax_table(evaluated)] if evaluated else [])]
+    for table in shown:
+        print_report(table, [], console)
+    return bool(shown)
 
 
 def main(argv: list[str]) -> int:

@@ -58,7 +58,9 @@ def describe(results: dict[str, Any]) -> list[str]:
 def find(
     folders: Iterable[Path], file: str = FILE, numbers: Callable[[dict], dict[str, float]] = numbers_of
 ) -> list[Evaluated]:
-    """The evaluations under these folders, each once, in the order of the folders and of their paths.
+    """The evaluations under these folders, one a method and seed, in the order of the folders and of their paths.
+
+    Where a stage is named `<method>_evaluation`, `<method>_humaneval` or `<method>_test`, it measured the method.
 
     Args:
         folders: of runs, or above them.
@@ -69,7 +71,11 @@ def find(
         UserError: a file cannot be read.
     """
     paths = dict.fromkeys(path for folder in folders for path in sorted(Path(folder).resolve().rglob(file)))
-    return [_read(path, numbers) for path in paths]
+    found: dict[tuple[str, int], Evaluated] = {}
+    for one in (_read(path, numbers) for path in paths):
+        same = found.get((one.method, one.seed), one)  # a model may be measured part by part
+        found[one.method, one.seed] = one._replace(numbers=same.numbers | one.numbers)
+    return list(found.values())
 
 
 def tax_table(evaluated: list[Evaluated]) -> Table:
@@ -112,6 +118,7 @@ def _read(path: Path, numbers_in: Callable[[dict], dict[str, float]]) -> Evaluat
         folder = folder.parent
     seed = folder.name.removeprefix("seed_")
     method, seed = (folder.parent.name, int(seed)) if folder.name != seed and seed.isdigit() else (folder.name, 0)
+    method = method.removesuffix("_test").removesuffix("_evaluation").removesuffix("_humaneval")
     return Evaluated(f"{method} (best)" if of_best else method, seed, path, numbers)
 
 

@@ -15,13 +15,12 @@ FILE = "test.json"
 
 
 def find_tests(folders: Iterable[Path]) -> list[Evaluated]:
-    """The tests under these folders, each once; a stage that is named `<method>_test` tested the method.
+    """The tests under these folders, see `find`.
 
     Raises:
         UserError: a file cannot be read.
     """
-    found = find(folders, FILE, lambda values: {name.removeprefix("test/"): value for name, value in values.items()})
-    return [one._replace(method=one.method.removesuffix("_test")) for one in found]
+    return find(folders, FILE, lambda values: {name.removeprefix("test/"): value for name, value in values.items()})
 
 
 def tables(tested: list[Evaluated]) -> list[Table]:

@@ -383,3 +383,12 @@ def test_the_model_is_a_placeholder_with_a_default(world):
     assert "--x=folder" in given.runs["one/seed_1"].arguments
     changed = [name for name in default.runs if default.runs[name].fingerprint != given.runs[name].fingerprint]
     assert changed == ["one/seed_1"]  # another model is another run, where it is read
+
+
+def test_a_pipeline_that_only_evaluates_prints_what_it_measured(world):
+    run(world, {"ppo_humaneval": stage("evaluate")})
+    found = {"humaneval": {"pass@1": 0.125}}
+    (world / "out/ppo_humaneval/seed_1/evaluation.json").write_text(json.dumps(found))
+    _, printed, ran = run(world)
+    assert not ran and "pass@1" in printed and "0.125" in printed and "No report" not in printed
+    assert not (world / "out/report").exists()  # which another pipeline may have written

@@ -95,6 +95,14 @@ def test_a_damaged_file_is_named(tmp_path):
         find([tmp_path])
 
 
+def test_what_two_stages_measured_of_a_model_is_one_row(tmp_path):
+    evaluation(tmp_path / "ppo_evaluation" / "seed_1", 20.0, 0.5)
+    evaluation(tmp_path / "ppo_humaneval" / "seed_1", pass_1=0.125)
+    (one,) = find([tmp_path])
+    assert (one.method, one.seed) == ("ppo", 1)
+    assert one.numbers == {"perplexity": 20.0, "reward": 0.5, "length": 20.0, "pass@1": 0.125}
+
+
 # What test measured
 
 
