@@ -16,14 +16,15 @@ SHOWN = 3  # differences that an error lists
 
 
 def last_checkpoint(folder: str | Path) -> Path:
-    """The latest checkpoint of a run's folder.
+    """The checkpoint of a run's folder that was written last: not the highest number, which may be of a continuation
+    that was given up for another one, from an earlier checkpoint.
 
     Raises:
         UserError: there is none.
     """
     checkpoints = Path(folder) / "checkpoints"
-    ours = sorted(checkpoints.glob("batch_*.ckpt"))
-    others = sorted(checkpoints.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    others = sorted(checkpoints.glob("*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    ours = [path for path in others if path.name.startswith("batch_")]
     if not others:
         raise UserError(f"--ckpt_path last: no checkpoint in {checkpoints}; remove {folder} and start without it")
     return (ours or others)[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, is_dataclass
@@ -34,7 +35,7 @@ from elastic_lightning.algorithms.strategies import (
     layer_dtype,
     load_sharded_optimizer,
 )
-from elastic_lightning.errors import UserError
+from elastic_lightning.errors import NotFinite, UserError
 from elastic_lightning.policies import (
     ActorCritic,
     GraphSampler,
@@ -168,7 +169,7 @@ class PolicyModule(LightningModule):
         ends = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         columns = GraphSampler.capacity(prompts.tokens.shape[1], self.sampling)
         if self._sharded:  # every decode step of a rank gathers each layer from all: they stop together
-            return sample(self.actor, prompts, self.sampling, uniforms, *ends, lm, going_on=any_rank)
+            return sample(self.actor, prompts, self.sampling, uniforms, *ends, lm, lengths=lengths, going_on=any_rank)
         if self.device.type != "cuda" or not self.execution.cuda_graphs or not lm.takes_static_masks(columns):
             with weights_cast_once(self.device.type):
                 return sample(self.actor, prompts, self.sampling, uniforms, *ends, lm, lengths=lengths)
@@ -271,11 +272,21 @@ class PolicyModule(LightningModule):
             return None
         prompts = self.prompts(batch)
         rollout = self.sample(prompts, VALIDATION_STEP, self._first_row(prompts))
-        texts, scores = self.score(batch, rollout.responses)
+        texts, scores = self._score_if_finite(batch, rollout.responses)
         scored = scores.total if scores.valid is None else scores.total[scores.valid]
         self.policy_metrics.update_samples(rollout.responses, texts.complete, scored)
         self._measure_drift(prompts, rollout.responses)
         return _as_dicts(texts, scores, self.measure_texts(batch, texts))
+
+    def _score_if_finite(self, batch: Any, responses: Responses) -> tuple[Texts, Scores]:
+        """`score`; where a reward is not finite, all responses of the batch are left out of what is measured."""
+        try:
+            return self.score(batch, responses)
+        except NotFinite as fault:
+            warnings.warn(f"validation: {len(responses.tokens)} responses have no reward: {fault}", stacklevel=2)
+            texts = self.actor.lm.decode(self.tokenizer, self.prompts(batch), responses)
+            none = torch.zeros(len(responses.tokens), device=self.device)
+            return texts, Scores(none, {}, none.bool())
 
     def measure_texts(self, batch: Any, texts: Texts) -> dict[str, list[str]]:
         """Measure B sampled texts; further columns of B texts for whoever looks at samples."""
@@ -402,11 +413,11 @@ class PolicyModule(LightningModule):
         checkpoint["frozen"] = dict(self.fingerprints())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self._sharded:  # the strategy has taken the weights, and checked their names and shapes
-            for optimizer, state in zip(self.trainer.optimizers, checkpoint.get("optimizer_states", []), strict=True):
-                load_sharded_optimizer(optimizer, state)
-        else:
+        if not self._sharded:
             check_weights(checkpoint["state_dict"], self.state_dict(), self._checkpointed_names())
+        elif self.trainer.state.fn == "fit":  # the strategy has taken the weights, and checked their names and shapes
+            for optimizer, state in zip(self.trainer.optimizers, checkpoint["optimizer_states"], strict=True):
+                load_sharded_optimizer(optimizer, state)
         if "ppo_step" not in checkpoint:
             raise UserError("the checkpoint is not of a policy trained here: it holds no ppo_step")
         frozen, seed = checkpoint.get("frozen", {}), checkpoint.get("sampling_seed", self.sampling_seed)

@@ -142,8 +142,11 @@ class PPO(PolicyModule):
         """
         measured: dict[str, list[Tensor]] = defaultdict(list)
         lengths = Lengths.of(batch)
+        learned_from = batch.rollout.mask.any(dim=1).cpu()  # not those that are left out
         for epoch in range(self.config.epochs):
             for rows in self._permutation(len(batch.prompts.tokens), epoch).tensor_split(self.config.mini_batches):
+                if not learned_from[rows].any():
+                    continue
                 own = lengths.order(rows)[self.global_rank :: self.trainer.world_size]  # of like length on every rank
                 parts = list(micro_batches(batch, own, lengths, self.config.micro_batch_size))
                 statistics = self._accumulate_gradient(parts)
@@ -409,10 +412,19 @@ class PPO(PolicyModule):
     # Checks and checkpoints -------------------------------------------------------------------------------------
 
     def _check_prompts(self, prompts: Prompts) -> None:
+        counts = rows_of_ranks(len(prompts.tokens))
+        rows = sum(counts)
         if len(prompts.tokens) < self.config.mini_batches:
             raise UserError(
                 f"a batch of {len(prompts.tokens)} prompts cannot be cut into {self.config.mini_batches} mini-batches: "
                 "raise data's batch_size or lower ppo.mini_batches"
+            )
+        unlike = self.config.micro_batch_size is not None and rows % (self.config.mini_batches * len(counts))
+        if self._sharded and (unlike or rows < self.config.mini_batches * len(counts)):
+            raise UserError(
+                f"a batch of {rows} prompts in {self.config.mini_batches} mini-batches over {len(counts)} processes: "
+                "where weights are sharded every process must run the policy equally often; let the batch of all "
+                "processes be a multiple of mini-batches x processes"
             )
         if not prompts.mask.any(dim=1).all():
             raise UserError("a prompt of no tokens: a policy needs one at least; drop empty prompts from the data")

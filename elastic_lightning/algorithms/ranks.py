@@ -97,5 +97,12 @@ def sum_of_ranks(counts: Tensor) -> Tensor:
     return summed.cpu()
 
 
+def mean_of_ranks(value: float) -> float:
+    """The mean over ranks of a number that each has."""
+    if not several():
+        return value
+    return (sum_of_ranks(torch.tensor([value], dtype=torch.float64)) / dist.get_world_size()).item()
+
+
 def _gather_each(parts: NamedTuple, left: bool = False) -> NamedTuple:
     return type(parts)(*(gather(tensor, left) for tensor in parts))

@@ -108,6 +108,7 @@ class SupervisedModule(LightningModule):
         """Dropout is a function of (seed, step, rank): a resumed run drops what the unbroken one would."""
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         words = [seed, self.global_step, batch_idx, self.global_rank]
+        self.batch_skipped = False
         torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

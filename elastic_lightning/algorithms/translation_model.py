@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_lightning.algorithms.hyperparameters import from_plain
+from elastic_lightning.algorithms.ranks import mean_of_ranks
 from elastic_lightning.algorithms.supervised import AdamWConfig, SupervisedModule
 from elastic_lightning.errors import UserError
 from elastic_lightning.metrics import CorpusBLEU, TokenPerplexity
@@ -83,7 +84,8 @@ class TranslationModel(SupervisedModule):
         targets = batch.target.tokens[batch.target.mask]
         loss = F.cross_entropy(self._logits(batch), targets, label_smoothing=self.label_smoothing)
         self.log("train/loss", loss, prog_bar=True)
-        return loss
+        # A token weighs the same on every rank, though DDP averages gradients over ranks.
+        return loss * (len(targets) / mean_of_ranks(float(len(targets))))
 
     def validation_step(self, batch: TranslationBatch, batch_idx: int) -> None:
         self._measure(batch, "val", with_beam=self.validate_with_beam)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 from lightning import LightningModule, Trainer
 
 from elastic_lightning.callbacks.weight_sets import UpdateOn, WeightSets
@@ -136,6 +138,13 @@ class EMAOnly(WeightSets):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap_back()
+
+    def as_validated(self, trainer: Trainer) -> AbstractContextManager:
+        """Within this context the weights are those that validation measured: for whoever saves the best of them."""
+        if not self.validate or not self.ema or self._swapped is not None:
+            return nullcontext()
+        _settle_all(trainer)
+        return self.average_weights()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._swap_back()

@@ -99,7 +99,12 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
         return text.replace("|", "\\|").replace("\n", " ")
 
     texts = [name for name, value in rows[0].items() if isinstance(value, str)]
-    lines = [" | ".join([*(cell(row[name]) for name in texts), f"{row['reward']:.3f}"]) for row in rows]
+
+    def line(row: dict[str, Any]) -> str:
+        reward = "none" if row["reward"] is None else f"{row['reward']:.3f}"  # of a response that is masked
+        return " | ".join([*(cell(row[name]) for name in texts), reward])
+
+    lines = [line(row) for row in rows]
     return "\n".join(
         f"| {line} |" for line in [" | ".join([*texts, "reward"]), "|".join(["---"] * (len(texts) + 1)), *lines]
     )

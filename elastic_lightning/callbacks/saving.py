@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,7 +56,11 @@ class SavePretrained(Callback):
         better = self.best is None or (value > self.best if self.mode == "max" else value < self.best)
         if better and not math.isnan(value):  # nothing is better than NaN: it would stay the best
             self.best = value
-            self._save(trainer, pl_module, "best")
+            with ExitStack() as stack:  # callbacks that validate an average have swapped back, or will
+                for callback in trainer.callbacks:
+                    if hasattr(callback, "as_validated"):
+                        stack.enter_context(callback.as_validated(trainer))
+                self._save(trainer, pl_module, "best")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer, pl_module, "final")

@@ -131,17 +131,22 @@ class WeightSets(Callback):
             self._offloaded = OffloadedAverage(self.online, self.ema, 1 - self.decay)
         if self.uses_ema:
             for optimizer in trainer.optimizers:
-                self._follow(optimizer)
+                self._follow(optimizer, pl_module)
 
-    def _follow(self, optimizer: Optimizer) -> None:
-        """Have an optimizer that moves the online weights move their average too."""
+    def _follow(self, optimizer: Optimizer, pl_module: LightningModule) -> None:
+        """Have an optimizer that moves the online weights move their average too, but in a step that is skipped."""
         own = {id(parameter) for parameter in self.online.values()}
         if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
             return
         if self._offloaded is not None:
             self._handles.append(optimizer.register_step_pre_hook(self._offloaded.before_step))
         if self.update_on == "optimizer_step":
-            self._handles.append(optimizer.register_step_post_hook(lambda *_: self.update()))
+
+            def update(*_: Any) -> None:
+                if not getattr(pl_module, "batch_skipped", False):
+                    self.update()
+
+            self._handles.append(optimizer.register_step_post_hook(update))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for handle in self._handles:

@@ -19,6 +19,8 @@ SPLIT_NAMES = {"train": "train", "test": "test", "val": "validation", "valid": "
 def read_splits(path: str | Path) -> dict[str, Dataset]:
     """Read a folder of ``train.*``, ``test.*`` (and ``validation.*``) files, or one file, which becomes "train".
 
+    A split may lie in several files, as ``train-00000-of-00002.parquet``.
+
     JSONL, CSV (both also gzipped) and Parquet; or a folder that `datasets` wrote with ``save_to_disk``.
 
     Raises:
@@ -31,13 +33,17 @@ def read_splits(path: str | Path) -> dict[str, Dataset]:
         return {"train": read_table(path)}
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return _read_saved(path)
-    files = {
-        SPLIT_NAMES[_stem(file)]: file for file in sorted(path.iterdir()) if _stem(file) in SPLIT_NAMES and _kind(file)
-    }
+    files: dict[str, list[Path]] = {}
+    for file in table_files(path):
+        if _stem(file) in SPLIT_NAMES:
+            files.setdefault(SPLIT_NAMES[_stem(file)], []).append(file)
+    for split, parts in files.items():
+        if len(parts) > 1 and not all("-of-" in part.name for part in parts):
+            raise UserError(f"{path} holds {parts[0].name} and {parts[1].name}, both {split}: keep one of them")
     if "train" not in files:
         found = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
         raise UserError(f"no train.jsonl(.gz), train.csv or train.parquet in {path}; it holds {found}")
-    return {split: read_table(file) for split, file in files.items()}
+    return {split: read_tables(parts) for split, parts in files.items()}
 
 
 def table_files(folder: Path) -> list[Path]:
@@ -68,6 +74,13 @@ def read_table(file: Path) -> Dataset:
     if len(data) == 0:
         raise UserError(f"{file} holds no rows")
     return data
+
+
+def read_tables(files: list[Path]) -> Dataset:
+    """The rows of several files one after the other."""
+    from datasets import concatenate_datasets
+
+    return concatenate_datasets([read_table(file) for file in files])
 
 
 def read_rows(file: Path) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -179,8 +179,14 @@ def measure_reward(
     reward: Reward,
     options: QuestionOptions,
 ) -> dict[str, Any]:
-    """Mean reward of one answer a prompt with its standard error, the means of its parts, and the answers' lengths."""
-    rows: list[dict[str, Any]] = []
+    """Mean reward of one answer a prompt with its standard error, the means of its parts, and the answers' length.
+
+    An answer on which the reward raised, and masks it, is in no mean: `without_reward` counts them.
+    """
+    rewards: list[float] = []
+    parts: dict[str, list[float]] = {}
+    lengths: list[int] = []
+    complete: list[bool] = []
     with _progress("reward {task.fields[value]:.4g}") as progress:
         task = progress.add_task("", total=len(prompts), value=float("nan"))
         for start in range(0, len(prompts), options.batch_size):
@@ -190,16 +196,21 @@ def measure_reward(
             )
             asked, responses = ([row[name] for row in answers] for name in ("prompt", "response"))
             scores = score(reward, asked, responses)
-            for row, answer in enumerate(answers):
-                parts = {name: part[row].item() for name, part in scores.components.items()}
-                rows.append({"reward": scores.total[row].item(), **parts, **answer})
-            progress.update(task, advance=len(batch), value=_mean(rows, "reward"))
-    names = [name for name in rows[0] if name not in ("prompt", "response", "reward")]
+            valid = torch.ones(len(batch), dtype=torch.bool) if scores.valid is None else scores.valid.cpu()
+            rewards += scores.total.cpu()[valid].tolist()
+            for name, part in scores.components.items():
+                parts.setdefault(name, []).extend(part.cpu()[valid].tolist())
+            lengths += [answer["tokens"] for answer in answers]
+            complete += [answer["complete"] for answer in answers]
+            progress.update(task, advance=len(batch), value=_mean(rewards))
     return {
-        "mean": _mean(rows, "reward"),
-        "standard_error": _standard_error([row["reward"] for row in rows]),
-        "samples": len(rows),
-        **{name: _mean(rows, name) for name in names},
+        "mean": _mean(rewards),
+        "standard_error": _standard_error(rewards),
+        "samples": len(rewards),
+        "without_reward": len(prompts) - len(rewards),
+        "length": _mean(lengths),
+        "complete": _mean(complete),
+        "components": {name: _mean(values) for name, values in parts.items()},
         "options": asdict(options),
     }
 
@@ -294,8 +305,8 @@ def _progress(text: str) -> Progress:
     return Progress(TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
 
-def _mean(rows: list[dict[str, Any]], name: str) -> float:
-    return sum(float(row[name]) for row in rows) / len(rows)
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")
 
 
 def _standard_error(values: list[float]) -> float | None:

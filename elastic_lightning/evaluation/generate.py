@@ -38,8 +38,9 @@ def generate(
     batch_size: int = 32,
     first_row: int = 0,
 ) -> list[dict[str, Any]]:
-    """Draw `samples` responses to each prompt; one dict of prompt, response and complete for each.
+    """Draw `samples` responses to each prompt; one dict of prompt, response, complete and tokens for each.
 
+    `tokens` is the length of the response, `complete` whether it ended by itself.
     Row after row has random numbers of its own, counted from `first_row`.
 
     Raises:
@@ -57,8 +58,8 @@ def generate(
         rollout = sample(policy, batch, sampling, uniforms, *ends, lengths=lengths)
         texts = policy.lm.decode(tokenizer, batch, rollout.responses)
         rows += [
-            {"prompt": prompt, "response": response, "complete": complete}
-            for prompt, response, complete in zip(*texts, strict=True)
+            {"prompt": prompt, "response": response, "complete": complete, "tokens": tokens}
+            for prompt, response, complete, tokens in zip(*texts, rollout.mask.sum(dim=1).tolist(), strict=True)
         ]
     return rows
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from elastic_lightning.data.dialogue import QuestionAnswer
-from elastic_lightning.data.files import column, read_splits, read_table, table_files
-from elastic_lightning.data.questions import Shares, evaluation_half
+from elastic_lightning.data.files import column, read_splits, read_tables, table_files
+from elastic_lightning.data.question_sources import HUB_EVALUATION
+from elastic_lightning.data.questions import Shares, evaluation_half, key_of
 from elastic_lightning.errors import UserError
 from elastic_lightning.evaluation.perplexity import Document
 
@@ -38,7 +39,7 @@ def read_documents(
             tables too.
         tokenizer: of the model that will read them.
         name: of the column; where there is none, `question` and `answers` or `response_j`.
-        limit: only the first so many rows.
+        limit: only the first so many rows; of questions, each once, so many questions.
         shares: of a file of questions that stages share: read those alone that are held out for a test.
 
     Raises:
@@ -46,17 +47,21 @@ def read_documents(
     """
     if _is_plain_text(path):
         return [Document(encode(tokenizer, _read_text(path)))]
-    table = _table(path, limit, shares)
+    table = _table(path, shares)
     if name in table.column_names:
-        return [Document(encode(tokenizer, text)) for text in column(table, name, "texts.column") if text]
+        texts = column(table.select(range(min(limit or len(table), len(table)))), name, "texts.column")
+        return [Document(encode(tokenizer, text)) for text in texts if text]
     answers = next((known for known in ANSWERS if known in table.column_names), None)
     if "question" not in table.column_names or answers is None:
         raise UserError(
             f"{path} has no column {name!r}, nor questions with {' or '.join(ANSWERS)}, only {table.column_names}: "
             "set texts.column"
         )
-    pairs = zip(table["question"], map(_best, table[answers]), strict=True)
-    return [_answered(tokenizer, question, answer) for question, answer in pairs if answer]
+    answered: dict[str, tuple[str, str]] = {}  # rows of pairs hold a question once for each of its pairs
+    for question, answer in zip(table["question"], map(_best, table[answers]), strict=True):
+        if question and answer:
+            answered.setdefault(key_of(question), (question, answer))
+    return [_answered(tokenizer, *pair) for pair in [*answered.values()][:limit]]
 
 
 def read_prompts(
@@ -73,35 +78,52 @@ def read_prompts(
     """
     if template.count("{}") != 1:
         raise UserError(f"questions.template must hold {{}} once, for the text of the column, got {template!r}")
-    texts = [text for text in column(_table(path, limit, shares), name, "questions.column") if text]
+    first: dict[str, str] = {}
+    for text in column(_table(path, shares), name, "questions.column"):
+        if text:
+            first.setdefault(key_of(text), text)
+    texts = [*first.values()][:limit]
     if not texts:
         raise UserError(f"{path} holds no text in its column {name!r}")
     before, after = template.split("{}")
     return [before + text + after for text in texts]
 
 
-def _table(path: str | Path, limit: int | None, shares: Shares | None) -> Dataset:
-    table = read_splits(path)["train"] if shares is None else _all_tables(Path(path))
-    rows = range(len(table))
+def _table(path: str | Path, shares: Shares | None) -> Dataset:
+    """The rows to measure on: of a file or folder all, or where stages share them those held out for a test."""
+    place = Path(path).expanduser()
+    if (place / HUB_EVALUATION).is_dir():  # a local copy of the hub's data set has a part for it
+        return _all_tables(place / HUB_EVALUATION)
+    table = _all_tables(place) if shares is not None else _test_tables(place)
     if shares is not None:
         questions = column(table, "question", "shares: null")
-        rows = [row for row in rows if shares.part_of(questions[row]) == "evaluation"]
+        rows = [row for row in range(len(table)) if shares.part_of(questions[row]) == "evaluation"]
         rows = [row for row in rows if evaluation_half(questions[row]) == "test"]
         if not rows:
             raise UserError(f"{path} holds no question for a test: give more data, or other shares")
-    return table.select(rows[:limit])
+        table = table.select(rows)
+    return table
+
+
+def _test_tables(path: Path) -> Dataset:
+    """A file, or the files of a folder: of those that are named after splits the test's alone."""
+    if not path.is_dir():
+        return _all_tables(path)
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():  # what `datasets` wrote
+        splits = read_splits(path)
+        return splits.get("test", splits["train"])
+    tests = [file for file in table_files(path) if file.name.split(".")[0].split("-")[0] == "test"]
+    return read_tables(tests) if tests else _all_tables(path)
 
 
 def _all_tables(path: Path) -> Dataset:
     """A file, or all files of a folder one after the other, as stages that share them read them."""
-    from datasets import concatenate_datasets
-
     if not path.is_dir():
         return read_splits(path)["train"]
     files = table_files(path)
     if not files:
         raise UserError(f"no .jsonl(.gz), .csv or .parquet file in {path}")
-    return concatenate_datasets([read_table(file) for file in files])
+    return read_tables(files)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -119,7 +141,8 @@ def _answered(tokenizer: PreTrainedTokenizerBase, question: str, answer: str) ->
 
 
 def _best(answers: Any) -> str | None:
-    return answers if isinstance(answers, str) else next(iter(answers or ()), None)
+    given = [answers] if isinstance(answers, str) else answers or []
+    return next((answer for answer in given if answer and answer.strip()), None)
 
 
 def _is_plain_text(path: str | Path) -> bool:

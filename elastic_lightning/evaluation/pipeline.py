@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -27,9 +28,9 @@ from elastic_lightning.evaluation.runs import DRIFT, REWARD, collect
 from elastic_lightning.evaluation.stages import Pipeline, Run, nearest, read_pipeline
 
 PROGRAM = (sys.executable, "-m", "elastic_lightning.cli")
-MARKER = ".pipeline"  # lies in every folder that a pipeline made and may therefore empty
+MARKER = ".pipeline"  # lies in every folder that a pipeline made and may empty, and says what was to be made there
 RECORD = "stage.json"  # written last, so a run that was killed has none
-PATIENCE = 10.0  # seconds from SIGTERM to SIGKILL
+PATIENCE = 60.0  # seconds from SIGTERM to SIGKILL: a fit ends its batch and saves
 
 
 # ---- what is up to date ---------------------------------------------------------------------------------------------
@@ -46,9 +47,29 @@ def completion(run: Run, upstream: dict[str, str]) -> str | None:
         record = json.loads((run.folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # never completed, or not ours to understand: it runs
         return None
-    now = {"fingerprint": run.fingerprint, "upstream": {need: upstream.get(need) for need in run.needs}}
+    now = recipe(run, upstream)
     same = all(record.get(key) == value for key, value in now.items())
     return record.get("id") if same and all(path.exists() for path in run.produces) else None
+
+
+def recipe(run: Run, upstream: dict[str, str]) -> dict[str, Any]:
+    """What decides a run's result: its own fingerprint, and the completions of the runs that it builds on.
+
+    Those are the runs before it, and those of another pipeline whose folders its arguments name.
+    """
+    return {
+        "fingerprint": run.fingerprint,
+        "upstream": {need: upstream.get(need) for need in run.needs},
+        "reads": {str(path): record_id(path) for path in run.reads},
+    }
+
+
+def record_id(folder: Path) -> str | None:
+    """The id of the completion in a run's folder; None where there is none."""
+    try:
+        return json.loads((folder / RECORD).read_text(encoding="utf-8")).get("id")
+    except (OSError, ValueError):
+        return None
 
 
 def completions(pipeline: Pipeline) -> dict[str, str]:
@@ -66,8 +87,7 @@ def write_record(job: Job, upstream: dict[str, str]) -> str:
     run = job.run
     record = {
         "id": uuid.uuid4().hex,
-        "fingerprint": run.fingerprint,
-        "upstream": {need: upstream[need] for need in run.needs},
+        **recipe(run, upstream),
         "arguments": run.arguments,
         "seconds": round(job.seconds, 1),
     }
@@ -128,13 +148,29 @@ def empty_folder(run: Run) -> None:
             path.unlink()
 
 
-def start(job: Job, program: tuple[str, ...], threads: int) -> None:
-    """Start a run in a process group of its own, so that it stops with all its workers."""
-    empty_folder(job.run)
+def interrupted(run: Run, upstream: dict[str, str]) -> bool:
+    """Whether the folder holds checkpoints of this very run, which was stopped before its end."""
+    try:
+        begun = json.loads((run.folder / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return begun == recipe(run, upstream) and any((run.folder / "checkpoints").glob("batch_*.ckpt"))
+
+
+def start(job: Job, program: tuple[str, ...], threads: int, upstream: dict[str, str], force: bool = False) -> None:
+    """Start a run in a process group of its own, so that it stops with all its workers.
+
+    A fit that was interrupted goes on from its last checkpoint; any other run begins in an empty folder.
+    """
+    resume = [] if force or not interrupted(job.run, upstream) else ["--ckpt_path=last"]
+    check_folder(job.run)
+    if not resume:
+        empty_folder(job.run)
+        (job.run.folder / MARKER).write_text(json.dumps(recipe(job.run, upstream)), encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-    with (job.run.folder / LOG).open("wb") as log:
+    with (job.run.folder / LOG).open("ab" if resume else "wb") as log:
         job.process = subprocess.Popen(
-            [*program, *job.run.arguments],
+            [*program, *job.run.arguments, *resume],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -223,7 +259,7 @@ def run_jobs(pipeline: Pipeline, jobs: list[Job], program, force: bool, console:
                 end_finished(jobs, ids)
                 if any(job.state == "failed" for job in jobs):
                     break
-                start_ready(jobs, ids, pipeline.jobs, force, lambda job: start(job, program, threads))
+                start_ready(jobs, ids, pipeline.jobs, force, lambda job: start(job, program, threads, ids, force))
                 show()
                 time.sleep(0.1)
         finally:

@@ -51,7 +51,10 @@ PLACEHOLDERS = ("output", "data", "model", "run", "seed")
 
 
 class Run(NamedTuple):
-    """One stage with one seed, ready to start: `arguments` follow the program's name; `needs` are names of runs."""
+    """One stage with one seed, ready to start.
+
+    `arguments` follow the program's name, `needs` are names of runs, and `reads` the folders of other pipelines' runs.
+    """
 
     stage: str
     seed: int
@@ -59,6 +62,7 @@ class Run(NamedTuple):
     arguments: list[str]
     produces: list[Path]
     needs: list[str]
+    reads: list[Path]
     fingerprint: str
     report: bool
 
@@ -216,19 +220,28 @@ def stage_runs(name: str, stages: dict, file: Path, output: Path, inputs: dict[s
     for seed in listed(stage, "seeds", [1]):
         folder = output / name / f"seed_{seed}"
         values = {"output": output, **inputs, "run": folder, "seed": seed}
+        arguments = command_line(fill(stage, values, where), configs, output, name, seed)
         runs.append(
             Run(
                 stage=name,
                 seed=seed,
                 folder=folder,
-                arguments=command_line(fill(stage, values, where), configs, output, name, seed),
+                arguments=arguments,
                 produces=[Path(path) for path in fill(listed(stage, "produces", ["{run}/final"]), values, where)],
                 needs=needs,
+                reads=read_folders(arguments, output, stages),
                 fingerprint=fingerprint(stage, configs, seed, inputs),
                 report=bool(stage.get("report")),
             )
         )
     return runs
+
+
+def read_folders(arguments: list[str], output: Path, stages: dict) -> list[Path]:
+    """Folders of runs below `output` that arguments name and no stage of this file writes."""
+    pattern = re.compile(re.escape(str(output)) + r"/(\w[\w.-]*)/seed_\d+")
+    found = [match for argument in arguments for match in pattern.finditer(argument)]
+    return [Path(match[0]) for match in found if match[1] not in stages]
 
 
 def fill(value: Any, values: dict[str, Any], where: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,11 +22,14 @@ MODELS = ("final", "best")  # the folders of a run that hold its model
 
 
 class Evaluated(NamedTuple):
-    """What one file says: the model's `method` and seed, from where the file lies, and its numbers by column."""
+    """What one file says: the model's `method` and seed, from where the file lies, and its numbers by column.
+
+    `home` is the folder of the method's seeds: methods of one name in several places are not one.
+    """
 
     method: str
     seed: int
-    path: Path
+    home: Path
     numbers: dict[str, float]
 
 
@@ -71,11 +75,24 @@ def find(
         UserError: a file cannot be read.
     """
     paths = dict.fromkeys(path for folder in folders for path in sorted(Path(folder).resolve().rglob(file)))
-    found: dict[tuple[str, int], Evaluated] = {}
+    found: dict[tuple[str, int, Path], Evaluated] = {}
     for one in (_read(path, numbers) for path in paths):
-        same = found.get((one.method, one.seed), one)  # a model may be measured part by part
-        found[one.method, one.seed] = one._replace(numbers=same.numbers | one.numbers)
-    return list(found.values())
+        same = found.get(one[:3], one)  # a model may be measured part by part
+        found[one[:3]] = one._replace(numbers=same.numbers | one.numbers)
+    return tell_apart(list(found.values()))
+
+
+def tell_apart(evaluated: list[Evaluated]) -> list[Evaluated]:
+    """Methods of one name in several places get their path as name, from where the paths part."""
+    homes = {one.home for one in evaluated}
+    names = {method: {one.home for one in evaluated if one.method == method} for method in {e[0] for e in evaluated}}
+    above = Path(os.path.commonpath([home.parent for home in homes])) if homes else Path()
+
+    def name(one: Evaluated) -> str:
+        best = " (best)" if one.method.endswith(" (best)") else ""
+        return one.method if len(names[one.method]) == 1 else one.home.relative_to(above).as_posix() + best
+
+    return [one._replace(method=name(one)) for one in evaluated]
 
 
 def tax_table(evaluated: list[Evaluated]) -> Table:
@@ -117,9 +134,9 @@ def _read(path: Path, numbers_in: Callable[[dict], dict[str, float]]) -> Evaluat
     if folder.name in MODELS:
         folder = folder.parent
     seed = folder.name.removeprefix("seed_")
-    method, seed = (folder.parent.name, int(seed)) if folder.name != seed and seed.isdigit() else (folder.name, 0)
-    method = method.removesuffix("_test").removesuffix("_evaluation").removesuffix("_humaneval")
-    return Evaluated(f"{method} (best)" if of_best else method, seed, path, numbers)
+    home, seed = (folder.parent, int(seed)) if folder.name != seed and seed.isdigit() else (folder, 0)
+    method = home.name.removesuffix("_test").removesuffix("_evaluation").removesuffix("_humaneval")
+    return Evaluated(f"{method} (best)" if of_best else method, seed, home.with_name(method), numbers)
 
 
 def _columns(evaluated: list[Evaluated]) -> list[str]:

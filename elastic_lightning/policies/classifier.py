@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
@@ -36,7 +37,24 @@ def new_classifier(source: ModelSource, tokenizer: PreTrainedTokenizerBase, **op
         model = from_architecture(AutoModelForSequenceClassification, source, tokenizer, **options)
     else:
         model = from_path(AutoModelForSequenceClassification, source, new_head=True, **options)
-    return model if source.lora is None else add_lora(model, source.lora, task_type="SEQ_CLS")
+    return model if source.lora is None else train_in_float32(add_lora(model, source.lora, task_type="SEQ_CLS"))
+
+
+def train_in_float32(model: nn.Module) -> nn.Module:
+    """Hold what is trained of a model in float32, as peft does with adapters but not with a head: in bfloat16 most of
+    its steps would be rounded away. What such a head reads is cast to its type."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad and parameter.dtype != torch.float32:
+                parameter.data = parameter.data.float()
+                if isinstance(module, nn.Linear):
+                    module.register_forward_pre_hook(read_in_own_type)
+    return model
+
+
+def read_in_own_type(linear: nn.Linear, args: tuple[Tensor]) -> tuple[Tensor]:
+    """Cast the input of a layer to the type of its weights."""
+    return (args[0].to(linear.weight.dtype),)
 
 
 def trained_classifier(source: ModelSource) -> PreTrainedModel:

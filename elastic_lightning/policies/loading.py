@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -216,6 +217,8 @@ def from_path(auto_class: type, source: ModelSource, new_head: bool = False, **o
     if source.quantization is not None:
         check_quantization(source.quantization)
         options["quantization_config"] = quantization_config(source.quantization, source.dtype)
+        if torch.cuda.is_available():  # bitsandbytes keeps its weights where they are quantised: on this process's GPU
+            options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
     if not Path(source.path).exists() and hub_offline():
         options["local_files_only"] = True
     try:

@@ -111,7 +111,8 @@ def sample(
     of the rows [B] that have not ended whether to decode on, which processes may decide together.
     """
     lm = policy.lm if lm is None else lm
-    longest = sampling.max_new_tokens if lengths is None else int(lengths.max())
+    together = going_on is not torch.any  # each step is then decided by all processes, whose lengths differ
+    longest = sampling.max_new_tokens if lengths is None or together else int(lengths.max())
     state, hidden = lm.start(prompts, sampling.max_new_tokens - 1)
     alive = torch.ones(len(prompts.tokens), dtype=torch.bool, device=prompts.tokens.device)
     columns: list[tuple[Tensor, ...]] = []
@@ -125,7 +126,8 @@ def sample(
         if stop is not None:
             alive = alive & ~stop(torch.stack([column[0] for column in columns], dim=1))
         by_itself = eos_token_id is not None and position + 1 >= sampling.first_end
-        if (by_itself or stop is not None) and not going_on(alive):
+        cut = together and lengths is not None
+        if (by_itself or cut or stop is not None) and not going_on(alive):
             break
         if position + 1 < longest:
             hidden = lm.step(state, torch.where(alive, choice.tokens, 0))

@@ -23,7 +23,9 @@ def test_an_encoder_decoder_reads_a_prompt_with_its_end(folder, request):
     for row, prompt in zip(rows, [[5, 9, 20], [7], [3, 4]], strict=True):
         options = {"num_beams": 1, "do_sample": False, "use_cache": False, "max_new_tokens": 6}
         generated = model.generate(torch.tensor([[*prompt, 1]]), **options)[0, 1:].tolist()
-        assert row == {"prompt": text(prompt), "response": text(generated), "complete": 1 in generated}
+        length = generated.index(1) + 1 if 1 in generated else len(generated)
+        said = {"prompt": text(prompt), "response": text(generated), "complete": 1 in generated, "tokens": length}
+        assert row == said
 
 
 def test_a_causal_model_continues_its_prompt(gpt2_folder):

@@ -392,3 +392,27 @@ def test_a_pipeline_that_only_evaluates_prints_what_it_measured(world):
     _, printed, ran = run(world)
     assert not ran and "pass@1" in printed and "0.125" in printed and "No report" not in printed
     assert not (world / "out/report").exists()  # which another pipeline may have written
+
+
+def test_a_fit_that_was_interrupted_goes_on_from_its_checkpoint(world):
+    failing = {"one": stage("fit", "{run}/checkpoints/batch_000001.ckpt", set={"fail": "1"})}
+    assert run(world, failing)[0] == 1
+    assert not any("ckpt_path" in argument for argument in traces(world)[0]["args"])
+    folder = world / "out/one/seed_1"
+    (folder / "kept").touch()
+    assert run(world)[0] == 1
+    assert "--ckpt_path=last" in traces(world)[0]["args"] and (folder / "kept").exists()
+    assert (folder / "log.txt").read_text().count("hello from fit") == 2
+    assert run(world, force=True)[0] == 1
+    assert "--ckpt_path=last" not in traces(world)[0]["args"] and not (folder / "kept").exists()
+    failing["one"]["set"]["more"] = "1"  # another run now
+    assert run(world, failing)[0] == 1
+    assert "--ckpt_path=last" not in traces(world)[0]["args"]
+
+
+def test_what_reads_another_pipelines_run_is_out_of_date_when_that_ran_again(world):
+    run(world, {"model": stage("a")})
+    stages = {"measured": stage("b", set={"of": "{output}/model/seed_1/final"})}
+    assert run(world, stages)[2] == ["b"] and run(world, stages)[2] == []
+    run(world, {"model": stage("a")}, force=True)
+    assert run(world, stages)[2] == ["b"]

@@ -103,6 +103,18 @@ def test_what_two_stages_measured_of_a_model_is_one_row(tmp_path):
     assert one.numbers == {"perplexity": 20.0, "reward": 0.5, "length": 20.0, "pass@1": 0.125}
 
 
+def test_methods_of_one_name_in_two_places_are_two(tmp_path):
+    for place, value in (("a", 20.0), ("b", 30.0)):
+        evaluation(tmp_path / place / "ppo_evaluation" / "seed_1", value)
+    evaluation(tmp_path / "b" / "sft" / "seed_1" / "best", 10.0)
+    found = find([tmp_path / "a", tmp_path / "b"])
+    assert {one.method: one.numbers["perplexity"] for one in found} == {
+        "a/ppo": 20.0,
+        "b/ppo": 30.0,
+        "sft (best)": 10.0,
+    }
+
+
 # What test measured
 
 
