@@ -223,12 +223,13 @@ CASES: dict[str, Callable[[Setup], dict[str, Any]]] = {
     "uneven": lambda setup: ppo(setup, eval_prompts=7),
     "early_stop": lambda setup: classified(setup, epochs=4, target_kl=0.01, learning_rate=5e-3),
     "lora": lambda setup: ppo(setup, lora=True, sampling={"temperature": 0.7}),
+    "random_length": lambda setup: ppo(setup, sampling={"random_length": (1, 6), "max_new_tokens": 6, "eos": False}),
     "micro_batches": lambda setup: ppo(setup, micro_batch_size=2, execution=Execution(trainable_layers=1)),
     "game": game,
 }
 
 
-SHARDED = {name: CASES[name] for name in ("plain", "early_stop", "lora")}
+SHARDED = {name: CASES[name] for name in ("plain", "early_stop", "lora", "random_length")}
 
 
 def ddp() -> dict[str, Any]:

@@ -239,6 +239,28 @@ def test_a_batch_without_any_score_is_skipped(toy, tmp_path):
     assert module.faults.skipped == {"reward": 1} and module.ppo_step == 1
 
 
+def test_a_mini_batch_without_any_score_is_passed_over(toy, tmp_path):
+    """One row a mini-batch: the five that have a score are trained on, and nothing is NaN."""
+    module = toy.ppo(reward=masking(3, on_error="mask"), epochs=2, mini_batches=6, max_skipped=0)
+    with pytest.warns(UserWarning, match="which are masked"):
+        trainer = toy.fit(module, tmp_path, [toy.prompts(rows=6, seed=0)])
+    assert trainer.callback_metrics["train/optimizer_steps"] == 10 and not module.faults.skipped
+    assert all(value.isfinite() for name, value in trainer.callback_metrics.items() if "loss" in name)
+
+
+def test_a_validation_goes_on_without_rewards_that_are_not_finite(toy, tmp_path):
+    class Sometimes(Reward):
+        def forward(self, prompts, responses):
+            scores = torch.tensor([float(len(response.split())) for response in responses])
+            return scores.where(torch.tensor(len(prompts) != 5), math.nan)
+
+    module, trainer = toy.ppo(reward=Sometimes()), toy.trainer(tmp_path)
+    with pytest.warns(UserWarning, match="validation: 5 responses have no reward"):
+        trainer.validate(module, toy.loader([toy.prompts(rows=5), toy.prompts(rows=6, seed=1)]), verbose=False)
+    found = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    assert math.isfinite(found["val/reward"]) and math.isfinite(found["val/kl"])
+
+
 def test_by_default_the_run_stops(toy, tmp_path):
     with pytest.raises(UserError, match=r"KeyError.*stars"):
         toy.fit(toy.ppo(reward=masking(3)), tmp_path, [toy.prompts(rows=6, seed=0)])

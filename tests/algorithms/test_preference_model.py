@@ -268,3 +268,18 @@ def test_gradients_of_two_halves_make_the_whole(toy, tmp_path):
         toy.trainer(tmp_path, accumulate_grad_batches=len(batches)).fit(module, toy.loader(batches))
     assert gradients[0].abs().max() > 1e-3
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-6, rtol=1e-5)
+
+
+def test_what_is_trained_on_a_base_in_half_precision_is_held_whole(toy, tmp_path):
+    """In bfloat16 a step of 2e-5 on a weight of 0.02 is rounded away."""
+    source = ModelSource(toy.folder, dtype="bfloat16", lora=LoRA(rank=2, alpha=4.0))
+    module = PreferenceModel(source, optimizer=AdamWConfig(learning_rate=2e-5, warmup=0))
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in trained.values()} == {torch.float32} and any("score" in name for name in trained)
+    assert torch.bfloat16 in {p.dtype for p in module.parameters()}
+    before = {name: p.detach().clone() for name, p in trained.items() if "score" in name}
+    toy.trainer(tmp_path).fit(module, toy.loader([preferences()]))
+    for name, head in before.items():
+        assert (trained[name] != head).float().mean() > 0.9
+    module.save_pretrained(tmp_path / "final")
+    assert all(math.isfinite(score) for score in PreferenceReward(str(tmp_path / "final"))(["w3"], [" w5"]).tolist())

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from elastic_lightning.callbacks import BatchCheckpoint, EMAOnly, ResponseWriter, SampleLogger, SavePretrained
+from elastic_lightning.callbacks.samples import _markdown
 from elastic_lightning.errors import UserError
 
 
@@ -121,6 +122,34 @@ def test_the_best_is_saved(lab, tmp_path, mode, best):
         for name, parameter in saved.named_parameters():
             assert torch.equal(parameter, weights[index][f"model.{name}"]), folder
     assert callback.best == pytest.approx({"max": 0.9, "min": 0.1}[mode])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_best_are_the_weights_that_were_measured(lab, tmp_path, first):
+    module, measured = lab.ppo(), []
+
+    def validation_epoch_end():
+        module.log("val/score", float(len(measured)))
+        measured.append({n: p.detach().clone() for n, p in module.shadowed_parameters().items()})
+
+    module.on_validation_epoch_end = validation_epoch_end
+    callbacks = [
+        SavePretrained(monitor="val/score", folder=str(tmp_path / "out")),
+        EMAOnly(0.5, validate=True, save=False),
+    ]
+    trainer = lab.trainer(tmp_path, callbacks if first else callbacks[::-1], val_check_interval=1)
+    trainer.fit(module, lab.loader(lab.prompts(2)), lab.loader(lab.prompts(1)))
+    best, final = (AutoModelForCausalLM.from_pretrained(tmp_path / "out" / name) for name in ("best", "final"))
+    for name, parameter in best.named_parameters():
+        assert torch.equal(parameter, measured[-1][f"model.{name}"])
+    assert any(not torch.equal(a, b) for a, b in zip(best.parameters(), final.parameters(), strict=True))
+    online = module.shadowed_parameters()
+    assert all(torch.equal(parameter, online[f"model.{name}"]) for name, parameter in final.named_parameters())
+
+
+def test_a_masked_response_has_no_reward_to_show():
+    rows = [{"prompt": "a", "response": "b", "reward": None}, {"prompt": "c", "response": "d", "reward": 0.5}]
+    assert _markdown(rows).split("\n")[2:] == ["| a | b | none |", "| c | d | 0.500 |"]
 
 
 def test_the_best_so_far_is_remembered(lab, tmp_path):

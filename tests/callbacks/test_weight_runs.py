@@ -41,6 +41,24 @@ def test_validation_sees_the_average(lab, tmp_path, validate):
     assert_same([look.after[2]], [loop(lab.plain(), batches[:2], None)[0][0]])
 
 
+@pytest.mark.parametrize("update_on", ["optimizer_step", "batch"])
+def test_the_average_leaves_a_skipped_step_out(lab, tmp_path, update_on):
+    module, batches = lab.plain(), lab.batches(4)
+
+    def skip(optimizer):  # as supervised modules do where a gradient is not finite
+        module.batch_skipped = module.trainer.global_step == 1
+        if module.batch_skipped:
+            optimizer.zero_grad()
+
+    module.on_before_optimizer_step = skip
+    callback = EMAOnly(decay=DECAY, update_on=update_on, save=False)
+    lab.trainer(tmp_path, [callback]).fit(module, lab.loader(batches))
+    online, ema, _ = loop(lab.plain(), [batches[0], *batches[2:]], None)
+    assert callback.updates == 3
+    assert_same(module.net.parameters(), online)
+    assert_same(callback.ema.values(), ema)
+
+
 def test_weights_come_back_after_a_failed_validation(lab, tmp_path):
     module, batches = lab.plain(), lab.batches(4)
 

@@ -20,7 +20,7 @@ from elastic_lightning.evaluation.generate import generate, load
 from elastic_lightning.evaluation.held_out import read_documents, read_prompts
 from elastic_lightning.evaluation.humaneval import HumanEvalOptions, Problem
 from elastic_lightning.policies import Sampling, load_tokenizer
-from elastic_lightning.rewards import FunctionReward
+from elastic_lightning.rewards import FunctionReward, Reward
 
 TEXTS = ["w5 w9 w20 w7", "w3 w4 w6 w8 w11 w29 w3", "w12 w13"]
 QUESTIONS = ["w5 w9", "w7", "w3 w4 w6", "w20 w21", "w8"]
@@ -196,3 +196,46 @@ def test_of_questions_that_stages_share_those_held_out_for_a_test_are_read(tmp_p
     assert [document.tokens for document in documents] == whole
     with pytest.raises(UserError, match="no question for a test"):
         read_prompts(path, shares=Shares(supervised=0.5, reward=0.25, rl=0.25 - 1e-9, evaluation=1e-9))
+
+
+def test_rows_of_pairs_ask_each_question_once(tmp_path, gpt2_folder):
+    tokenizer = load_tokenizer(str(gpt2_folder))
+    rows = [
+        {"question": question, "response_j": better, "response_k": "w9"}
+        for question, better in (("w3", " "), ("w3", "w5"), ("w3", "w6"), ("w4", "w7"), ("w5", "w8"))
+    ]
+    path = jsonl(tmp_path / "pairs.jsonl", rows)
+    assert read_prompts(path, limit=2) == [f"Question: {text}\n\nAnswer:" for text in ("w3", "w4")]
+    whole = [tokenizer(f"Question: {text}")["input_ids"] for text in ("w3\n\nAnswer: w5", "w4\n\nAnswer: w7")]
+    assert [document.tokens for document in read_documents(path, tokenizer, limit=2)] == whole
+
+
+def test_of_a_folder_the_test_is_read_in_all_its_parts(tmp_path):
+    for name, question in (
+        ("train-00000-of-00001", "w3"),
+        ("test-00000-of-00002", "w4"),
+        ("test-00001-of-00002", "w5"),
+    ):
+        jsonl(tmp_path / f"{name}.jsonl", [{"question": question, "answers": ["w6", "w7"]}])
+    assert read_prompts(tmp_path) == [f"Question: {text}\n\nAnswer:" for text in ("w4", "w5")]
+    (tmp_path / "hub" / "data" / "evaluation").mkdir(parents=True)
+    jsonl(tmp_path / "hub" / "data" / "evaluation" / "a.jsonl", [{"question": "w8", "answers": ["w6", "w7"]}])
+    assert read_prompts(tmp_path / "hub") == ["Question: w8\n\nAnswer:"]
+
+
+def test_the_reward_leaves_masked_answers_out_and_keeps_parts_apart(model, questions):
+    class Parts(Reward):
+        on_error = "mask"
+
+        def components(self, prompts, responses):
+            if any("w7" in prompt for prompt in prompts):
+                raise KeyError("no score for this one")
+            return {"reward": torch.full((len(prompts),), 2.0), "mean": torch.full((len(prompts),), 3.0)}
+
+    asked, masked = len(QUESTIONS), 1
+    options = QuestionOptions(questions, sampling=Sampling(max_new_tokens=3), batch_size=asked)
+    with pytest.warns(UserWarning, match="masked"):
+        part = evaluate(str(model), questions=options, reward=Parts())["reward"]
+    assert (part["mean"], part["components"]) == (5.0, {"reward": 2.0, "mean": 3.0})
+    assert (part["samples"], part["without_reward"]) == (asked - masked, masked)
+    assert 1 <= part["length"] <= 3

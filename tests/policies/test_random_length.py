@@ -50,6 +50,22 @@ def test_a_row_has_its_length_on_any_rank_at_any_step():
     assert not torch.equal(whole, draw_lengths(1, 3, torch.arange(64), Sampling(128, random_length=(32, 128))))
 
 
+@EVERY_KIND
+def test_processes_that_stop_together_draw_the_same(folder, request):
+    """Where processes decide together (`going_on`), each runs as many steps as the longest response of any needs."""
+    actor, steps = make_actor(request.getfixturevalue(folder)), []
+
+    def going_on(alive):
+        steps.append(len(steps))
+        return len(steps) < 7 or bool(alive.any())  # another process has a response of 7 tokens
+
+    alone, lengths, _ = roll(actor, Sampling(max_new_tokens=9, random_length=(2, 9), eos=False), left_padded(ROWS))
+    together, _, _ = roll(actor, CUT, left_padded(ROWS), going_on=going_on)
+    assert together.tokens.shape[1] == max(7, int(lengths.max())) == len(steps)
+    assert torch.equal(together.mask[:, : alone.mask.shape[1]], alone.mask) and together.mask.sum() == lengths.sum()
+    torch.testing.assert_close(together.logprobs[together.mask], alone.logprobs[alone.mask])
+
+
 @pytest.mark.parametrize("lora", [False, True])
 @EVERY_KIND
 def test_cut_responses_cost_what_the_model_says(folder, lora, request):
