@@ -81,16 +81,19 @@ def run_program(
         test: python source that defines ``check``.
         entry_point: name of the function to test.
         limits: what the program and the test may use.
-        accept_missing_fences: run also where the kernel grants no namespaces, see `missing_fences`. The program
-            then sees the files that its user sees (a user id nobody else has where this is root, else *yours*).
+        accept_missing_fences: run also where the kernel grants no namespaces, see `missing_fences`, but only as
+            root: the program then sees the files that a user sees whom nobody else is. As anybody else it would run
+            as *you*, and could write to your files and to this process's memory.
 
     Raises:
-        UserError: fences are missing on this machine, and that is not accepted.
+        UserError: fences are missing on this machine, and that is not accepted, or this is not root.
     """
     limits = limits or Limits()
     missing = missing_fences()
     if missing and not accept_missing_fences:
         raise UserError(f"{missing}; or accept it with accept_missing_fences")
+    if missing and os.geteuid() != 0:
+        raise UserError(f"{missing}; accept_missing_fences is for root, for anybody else's programs would run as you")
     if missing and limits.processes > 1:
         raise UserError(f"{missing}: then limits.processes must be 1")
     try:

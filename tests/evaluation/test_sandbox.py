@@ -1,5 +1,6 @@
 """Programs that do their worst: each costs its own test, and nothing else."""
 
+import os
 import resource
 import sys
 import threading
@@ -190,6 +191,16 @@ def test_background_processes_die_with_the_program():
 # Where the kernel grants no namespaces -------------------------------------------------------------------------------
 
 
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="without namespaces only root may run programs")
+
+
+def test_missing_fences_are_never_accepted_of_anybody_but_root(without_namespaces, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(UserError, match="would run as you"):
+        trial("def f(x): return x + 1", accept_missing_fences=True)
+
+
+@AS_ROOT
 def test_missing_fences_are_refused(without_namespaces):
     with pytest.raises(UserError, match="no namespaces here; or accept it with accept_missing_fences"):
         trial("def f(x): return x + 1")
@@ -197,6 +208,7 @@ def test_missing_fences_are_refused(without_namespaces):
         trial("def f(x): return x + 1", limits=Limits(processes=2), accept_missing_fences=True)
 
 
+@AS_ROOT
 def test_accepted_without_namespaces(without_namespaces):
     def accepted(program):
         return trial(program, accept_missing_fences=True)
@@ -208,6 +220,7 @@ def test_accepted_without_namespaces(without_namespaces):
         assert accepted(f"import os\ndef f(x): {call}").reason.startswith(("PermissionError", "BlockingIOError"))
 
 
+@AS_ROOT
 def test_tricks_in_the_folder(without_namespaces, tmp_path):
     """Links out of it, folders that cannot be read: it is removed, and nothing else."""
     victim = tmp_path / "victim"
