@@ -75,6 +75,7 @@ class SupervisedModule(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.faults = Faults("optimizer step", "optimizer.max_skipped")
+        self._loss = torch.tensor(math.nan)  # the last one, for the message of a fault
         self.batch_skipped = False  # weight callbacks leave such a batch out of their average
         self.strict_loading = False  # frozen weights stay out of checkpoints; on_load_checkpoint checks the rest
 
@@ -111,6 +112,9 @@ class SupervisedModule(LightningModule):
         self.batch_skipped = False
         torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1))
 
+    def on_before_backward(self, loss: torch.Tensor) -> None:
+        self._loss = loss.detach()
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Take no step of a gradient that is not finite: without gradients neither weights nor moments move. All ranks
         decide alike, for they hold the same gradient. A gradient scaler looks after its own."""
@@ -122,8 +126,7 @@ class SupervisedModule(LightningModule):
         if not math.isfinite(norm):
             optimizer.zero_grad()
             self.batch_skipped = True
-            loss = self.trainer.callback_metrics.get("train/loss", math.nan)
-            fault = NotFinite("gradient", f"norm {norm}, where the loss is {float(loss):.3g}")
+            fault = NotFinite("gradient", f"norm {norm}, where the loss is {self._loss.item():.3g}")
             self.faults.skip(fault, self.global_step + 1, self.optimizer_config.max_skipped)
             self.log_dict(self.faults.scalars())
 
