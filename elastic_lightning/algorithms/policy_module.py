@@ -279,10 +279,12 @@ class PolicyModule(LightningModule):
         return _as_dicts(texts, scores, self.measure_texts(batch, texts))
 
     def _score_if_finite(self, batch: Any, responses: Responses) -> tuple[Texts, Scores]:
-        """`score`; where a reward is not finite, all responses of the batch are left out of what is measured."""
+        """`score`; between training batches a batch whose reward is not finite is left out of what is measured."""
         try:
             return self.score(batch, responses)
         except NotFinite as fault:
+            if self.trainer.state.fn != "fit" or self.trainer.sanity_checking:
+                raise  # before there is anything to lose
             warnings.warn(f"validation: {len(responses.tokens)} responses have no reward: {fault}", stacklevel=2)
             texts = self.actor.lm.decode(self.tokenizer, self.prompts(batch), responses)
             none = torch.zeros(len(responses.tokens), device=self.device)

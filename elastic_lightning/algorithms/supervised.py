@@ -75,7 +75,7 @@ class SupervisedModule(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.faults = Faults("optimizer step", "optimizer.max_skipped")
-        self._loss = torch.tensor(math.nan)  # the last one, for the message of a fault
+        self._last_loss = torch.tensor(math.nan)  # for the message of a fault
         self.batch_skipped = False  # weight callbacks leave such a batch out of their average
         self.strict_loading = False  # frozen weights stay out of checkpoints; on_load_checkpoint checks the rest
 
@@ -113,7 +113,7 @@ class SupervisedModule(LightningModule):
         torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1))
 
     def on_before_backward(self, loss: torch.Tensor) -> None:
-        self._loss = loss.detach()
+        self._last_loss = loss.detach()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Take no step of a gradient that is not finite: without gradients neither weights nor moments move. All ranks
@@ -126,7 +126,7 @@ class SupervisedModule(LightningModule):
         if not math.isfinite(norm):
             optimizer.zero_grad()
             self.batch_skipped = True
-            fault = NotFinite("gradient", f"norm {norm}, where the loss is {self._loss.item():.3g}")
+            fault = NotFinite("gradient", f"norm {norm}, where the loss is {self._last_loss.item():.3g}")
             self.faults.skip(fault, self.global_step + 1, self.optimizer_config.max_skipped)
             self.log_dict(self.faults.scalars())
 

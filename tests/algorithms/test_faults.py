@@ -255,8 +255,11 @@ def test_a_validation_goes_on_without_rewards_that_are_not_finite(toy, tmp_path)
             return scores.where(torch.tensor(len(prompts) != 5), math.nan)
 
     module, trainer = toy.ppo(reward=Sometimes()), toy.trainer(tmp_path)
+    validation = toy.loader([toy.prompts(rows=5), toy.prompts(rows=6, seed=1)])
+    with pytest.raises(UserError, match="returned nan"):
+        trainer.validate(module, validation, verbose=False)
     with pytest.warns(UserWarning, match="validation: 5 responses have no reward"):
-        trainer.validate(module, toy.loader([toy.prompts(rows=5), toy.prompts(rows=6, seed=1)]), verbose=False)
+        trainer.fit(module, toy.loader([toy.prompts(rows=6)]), validation)
     found = {name: value.item() for name, value in trainer.callback_metrics.items()}
     assert math.isfinite(found["val/reward"]) and math.isfinite(found["val/kl"])
 
