@@ -137,7 +137,7 @@ def run(module: Any, data: Any, setup: Setup, callbacks: list[Any], **options: A
         "metrics": metrics,
         "average": {name: whole(tensor) for name, tensor in elastic.ema.items()},
         "distance": distance(elastic.online, elastic.initial),
-        "samples": [batch.rollout.tokens for batch in seen],
+        "samples": [batch.rollout.tokens.masked_fill(~batch.rollout.mask, PAD) for batch in seen],
         "advantages": [batch.experience.advantages for batch in seen],
         "coefficient": torch.tensor(module.kl_controller.coefficient),
         "folder": written(setup.root),
