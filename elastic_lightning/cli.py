@@ -29,6 +29,7 @@ LIGHTNING_COMMANDS = {
     "predict": "write responses and rewards as JSONL",
 }
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+FREE_SPACE = "free some space, then go on with --ckpt_path last"
 CALLBACK_FIELDS = (
     " (--trainer.callbacks.FIELD is of the callback that --trainer.callbacks+=NAME adds before it; change those of a "
     "configuration file in the file)"
@@ -122,7 +123,9 @@ def _user_mistake(error: Exception, argv: list[str]) -> str | None:
             return str(cause)
         if isinstance(cause, OSError) and cause.errno in DISK_FULL:
             where = f": {cause.filename}" if cause.filename else ""
-            return f"{cause.strerror}{where}; free some space, then go on with --ckpt_path last"
+            return f"{cause.strerror}{where}; {FREE_SPACE}"
+        if type(cause).__name__ == "SafetensorError" and any(f"(os error {code})" in str(cause) for code in DISK_FULL):
+            return f"{cause}; {FREE_SPACE}"
         if "torch" in sys.modules and (line := _out_of_memory(cause)):
             return line
     if type(error).__name__ == "ArgumentError":

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from elastic_lightning import algorithms, callbacks, data, rewards
 from elastic_lightning.callbacks import BatchCheckpoint, Preemption, ResponseWriter, RunProgress
@@ -106,6 +110,15 @@ class ElasticCLI(LightningCLI):
             _check_writable(Path(trainer.log_dir))
         return trainer
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception:
+            launcher = self.trainer.strategy.launcher
+            if isinstance(launcher, _SubprocessScriptLauncher):  # which ends the others on Ctrl-C alone
+                atexit.register(end_launched, launcher.procs)  # when this process has said why
+            raise
+
     def fit(self, **arguments: Any) -> None:
         folder = Path(self.trainer.log_dir) if self.trainer.log_dir and not self.trainer.fast_dev_run else None
         resuming = arguments.get("ckpt_path") is not None
@@ -154,6 +167,18 @@ def run_lightning(argv: list[str]) -> None:
         jsonargparse.ArgumentError: the configuration is wrong.
     """
     ElasticCLI(args=argv)
+
+
+def end_launched(processes: list[subprocess.Popen], patience: float = 5.0) -> None:
+    """Kill processes that Lightning launched beside this one and that do not end by themselves within so many seconds:
+    without this one they would wait in a collective until that times out."""
+    deadline = time.monotonic() + patience
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _check_writable(folder: Path) -> None:

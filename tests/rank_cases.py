@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
 
 from elastic_lightning import ElasticReset
-from elastic_lightning.algorithms import PPOConfig, TranslationGame
+from elastic_lightning.algorithms import PPOConfig, TranslationGame, TranslationModel
 from elastic_lightning.algorithms.execution import Execution
 from elastic_lightning.callbacks import SampleLogger, SavePretrained
 from elastic_lightning.data import ToyTranslationDataModule, ToyTranslationGameDataModule
@@ -213,6 +213,16 @@ def game(setup: Setup) -> dict[str, Any]:
     return run(module, data, setup, [elastic, SampleLogger(3), SavePretrained(folder=str(setup.root))])
 
 
+def supervised(setup: Setup) -> dict[str, Any]:
+    """A translator on pairs whose targets are of many lengths, so that one rank has more tokens than the other."""
+    size = {"train_pairs": 2 * ROWS, "batch_size": ROWS // setup.ranks, "eval_pairs": 7}
+    data = ToyTranslationDataModule(source="fr", target="en", max_prompt_tokens=40, max_target_tokens=40, **size)
+    model = TranslationModel(ModelSource(str(setup.models / "sender")), label_smoothing=0.1, max_new_tokens=8)
+    gradients, trainer = keep_gradients(model), make_trainer(setup, [])
+    trainer.fit(model, datamodule=data)
+    return {"gradients": gradients, "metrics": dict(trainer.callback_metrics)}
+
+
 def classified(setup: Setup, **options: Any) -> dict[str, Any]:
     """PPO against a classifier."""
     return ppo(setup, reward=ClassifierReward(str(setup.models / "classifier"), batch_size=3), **options)
@@ -226,6 +236,7 @@ CASES: dict[str, Callable[[Setup], dict[str, Any]]] = {
     "random_length": lambda setup: ppo(setup, sampling={"random_length": (1, 6), "max_new_tokens": 6, "eos": False}),
     "micro_batches": lambda setup: ppo(setup, micro_batch_size=2, execution=Execution(trainable_layers=1)),
     "game": game,
+    "supervised": supervised,
 }
 
 

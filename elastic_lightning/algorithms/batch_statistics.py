@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from elastic_lightning.algorithms.experience import Experience, explained_variance
-from elastic_lightning.algorithms.ranks import ScoredBatch
+from elastic_lightning.algorithms.scored_batch import ScoredBatch
 from elastic_lightning.functional import kl_k1, kl_k3
 from elastic_lightning.policies import ended
 

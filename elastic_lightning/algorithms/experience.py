@@ -22,6 +22,15 @@ class Experience(NamedTuple):
     returns: Tensor
 
 
+def without_unscored(rollout: Rollout, valid: Tensor | None) -> Rollout:
+    """The rollout in which responses that have no score (`valid` [B] bool, all where it is None) hold no valid token,
+    so that nothing is learned from them."""
+    if valid is None:
+        return rollout
+    mask = rollout.mask & valid[:, None]
+    return Rollout(rollout.tokens, mask, *(part.masked_fill(~mask, 0) for part in rollout[2:]))
+
+
 def shape_scores(scores: Tensor, rollout: Rollout, config: PPOConfig, eos_token_id: int | None) -> Tensor:
     """Scores [B] after the baseline, the clip and the penalty for responses that did not end."""
     scores = scores - config.reward_baseline

@@ -42,7 +42,7 @@ class LanguageModel(SupervisedModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = self._nll(batch).mean()
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from elastic_lightning.algorithms.experience import Experience
+from elastic_lightning.algorithms.ppo_config import PPOConfig
+from elastic_lightning.errors import UserError
 from elastic_lightning.policies import PairedTexts, Prompts, Rollout
 
 
@@ -56,6 +58,30 @@ class Lengths(NamedTuple):
     def order(self, rows: Tensor) -> Tensor:
         """The given rows from the shortest to the longest."""
         return rows[(self.prompts + self.responses)[rows].argsort(stable=True)]
+
+
+def check_rows(rows: list[int], rank: int, config: PPOConfig, sharded: bool) -> None:
+    """Raise a `UserError` where a PPO batch cannot be cut into mini-batches.
+
+    Args:
+        rows: of the batch, on each rank.
+        rank: this one.
+        config: says into how many, and how large a micro-batch is.
+        sharded: weights are, and then a mini-batch must have as many micro-batches on every rank.
+    """
+    if rows[rank] < config.mini_batches:
+        raise UserError(
+            f"a batch of {rows[rank]} prompts cannot be cut into {config.mini_batches} mini-batches: "
+            "raise data's batch_size or lower ppo.mini_batches"
+        )
+    parts = config.mini_batches * len(rows)
+    unlike = config.micro_batch_size is not None and sum(rows) % parts
+    if sharded and (unlike or sum(rows) < parts):
+        raise UserError(
+            f"a batch of {sum(rows)} prompts in {config.mini_batches} mini-batches over {len(rows)} processes: "
+            "where weights are sharded every process must run the policy equally often; let the batch of all "
+            "processes be a multiple of mini-batches x processes"
+        )
 
 
 def micro_batches(batch: MiniBatch, rows: Tensor, lengths: Lengths, size: int | None) -> Iterator[MiniBatch]:

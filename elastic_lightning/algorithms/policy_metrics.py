@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from elastic_lightning.algorithms.ranks import sum_of_ranks
 from elastic_lightning.functional import entropy, exact_kl, token_logprobs
 from elastic_lightning.metrics import DistinctN, Mean, SequenceKL, TokenPerplexity
 from elastic_lightning.policies import Responses, Texts
+from elastic_lightning.ranks import sum_of_ranks
 
 
 class PolicyMetrics(nn.Module):

@@ -17,14 +17,14 @@ from torchmetrics import Metric
 
 from elastic_lightning.algorithms.batch_statistics import batch_statistics, ratio_deviation
 from elastic_lightning.algorithms.execution import Execution
-from elastic_lightning.algorithms.experience import Experience, make_experience, shape_scores
+from elastic_lightning.algorithms.experience import Experience, make_experience, shape_scores, without_unscored
 from elastic_lightning.algorithms.faults import Faults, check_finite
 from elastic_lightning.algorithms.hyperparameters import from_plain
-from elastic_lightning.algorithms.minibatch import Lengths, MiniBatch, micro_batches
+from elastic_lightning.algorithms.minibatch import Lengths, MiniBatch, check_rows, micro_batches
 from elastic_lightning.algorithms.policy_module import PolicyModule
 from elastic_lightning.algorithms.ppo_config import PPOConfig
-from elastic_lightning.algorithms.ranks import ScoredBatch, any_rank, rows_of_ranks, several
 from elastic_lightning.algorithms.schedules import schedule_factor
+from elastic_lightning.algorithms.scored_batch import ScoredBatch
 from elastic_lightning.algorithms.supervised import can_fuse
 from elastic_lightning.errors import NotFinite, UserError
 from elastic_lightning.functional import TokenLoss, masked_mean, ppo_policy_loss, ppo_value_loss
@@ -32,15 +32,14 @@ from elastic_lightning.policies import (
     ModelSource,
     PairedTexts,
     Prompts,
-    Responses,
-    Rollout,
     Sampling,
     Texts,
     counter_uniforms,
 )
 from elastic_lightning.policies.reference import ReferenceKind
 from elastic_lightning.policies.sharding import full
-from elastic_lightning.rewards import Reward, Scores
+from elastic_lightning.ranks import alike, max_of_ranks, rows_of_ranks, several, sum_of_ranks
+from elastic_lightning.rewards import Reward
 
 FIRST_RATIO_TOLERANCE = 0.05
 PERMUTATION_SEED = 0x5EED  # keeps the draws that order a batch apart from those that sample it
@@ -110,17 +109,17 @@ class PPO(PolicyModule):
     def _learn_from(self, batch: Prompts | NamedTuple) -> None:
         """One PPO batch, from prompts to the log. NotFinite, on all ranks alike, says that it teaches nothing."""
         prompts = self.prompts(batch)
-        self._check_prompts(prompts)
+        rows = rows_of_ranks(len(prompts.tokens))
+        alike(lambda: self._check(prompts, rows))
         with self.gathered(), self._timed("rollout"):
-            first_row = sum(rows_of_ranks(len(prompts.tokens))[: self.global_rank])
-            decoded = self.rollout(prompts, self.ppo_step, first_row)
+            decoded = self.rollout(prompts, self.ppo_step, sum(rows[: self.global_rank]))
         with self.gathered(), self._timed("scoring"):
-            texts, scores = self._score_alike(batch, decoded.responses)
+            texts, scores = alike(lambda: self.score(batch, decoded.responses))
             trunk = self.trunk_hidden(prompts, decoded.responses)
             rollout = self.recompute(prompts, decoded, trunk)
             recomputed = rollout is not decoded
             reference_logprobs = self.reference_logprobs(prompts, rollout.responses, trunk)
-            rollout, scores = self._left_out(rollout, scores)
+            rollout = without_unscored(rollout, scores.valid)
             scored = ScoredBatch(prompts, rollout, scores, reference_logprobs, trunk, self.pairs(batch, texts))
             if several():
                 scored = scored.of_all_ranks()
@@ -131,7 +130,7 @@ class PPO(PolicyModule):
             losses = self.update(MiniBatch(scored.prompts, scored.rollout, experience, scored.trunk, scored.pairs))
         if recomputed:
             deviation = ratio_deviation(rollout.logprobs - decoded.logprobs, rollout.mask)
-            losses["rollout_ratio_deviation"] = self._max_over_ranks(deviation).item()
+            losses["rollout_ratio_deviation"] = max_of_ranks(deviation).item()
         self.ppo_step += 1
         self._log_batch(scored, experience, losses)
 
@@ -169,7 +168,7 @@ class PPO(PolicyModule):
         is that of one big batch on one rank."""
         self.optimizers().zero_grad()
         beside = self._gradient_beside()
-        counts = self._sum_over_ranks(torch.stack([self._token_counts(part) for part in parts]).sum(dim=0))
+        counts = sum_of_ranks(torch.stack([self._token_counts(part) for part in parts]).sum(dim=0))
         statistics: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         for part in parts:
             loss, measured = self._loss_share(part, counts)
@@ -182,8 +181,12 @@ class PPO(PolicyModule):
                     statistics[name] = statistics[name] + value
         maximum = statistics.pop("ratio_deviation")
         named = statistics | beside
-        sums = self._sum_over_ranks(torch.stack([*named.values()])).unbind()
-        return dict(zip(named, sums, strict=True)) | {"ratio_deviation": self._max_over_ranks(maximum)}
+        sums = sum_of_ranks(torch.stack([*named.values()])).unbind()
+        return dict(zip(named, sums, strict=True)) | {"ratio_deviation": max_of_ranks(maximum)}
+
+    def _no_gradient_sync(self):
+        block = getattr(self.trainer.strategy, "block_backward_sync", None)
+        return block() if block is not None else nullcontext()
 
     def _gradient_beside(self) -> dict[str, Tensor]:
         """Backward of losses that do not read the rollout, and this rank's share of their values; none here."""
@@ -302,45 +305,7 @@ class PPO(PolicyModule):
         epochs = self.trainer.max_epochs
         return self.trainer.num_training_batches * epochs if epochs and epochs > 0 else float("inf")
 
-    # Ranks ------------------------------------------------------------------------------------------------------
-
-    def _sum_over_ranks(self, value: Tensor) -> Tensor:
-        return self._reduce(value, "sum")
-
-    def _max_over_ranks(self, value: Tensor) -> Tensor:
-        return self._reduce(value, "max")
-
-    def _reduce(self, value: Tensor, how: str) -> Tensor:
-        if self.trainer.world_size == 1:
-            return value
-        return self.trainer.strategy.reduce(value.clone(), reduce_op=how)
-
-    def _no_gradient_sync(self):
-        block = getattr(self.trainer.strategy, "block_backward_sync", None)
-        return block() if block is not None else nullcontext()
-
     # Faults -----------------------------------------------------------------------------------------------------
-
-    def _score_alike(self, batch: Any, responses: Responses) -> tuple[Texts, Scores]:
-        """`score`; a reward that is not finite on one rank raises `NotFinite` on all of them."""
-        fault = None
-        try:
-            scored = self.score(batch, responses)
-        except NotFinite as error:
-            fault = error
-        if any_rank(torch.tensor([fault is not None], device=self.device)) and fault is None:
-            fault = NotFinite("reward", "on another rank")
-        if fault is not None:
-            raise fault
-        return scored
-
-    def _left_out(self, rollout: Rollout, scores: Scores) -> tuple[Rollout, Scores]:
-        """The rollout in which responses without a score have no valid token, so that nothing is learned from them."""
-        if scores.valid is None:
-            return rollout, scores
-        mask = rollout.mask & scores.valid[:, None]
-        left = Rollout(rollout.tokens, mask, *(part.masked_fill(~mask, 0) for part in rollout[2:]))
-        return left, scores._replace(valid=None)
 
     def _check_finite(self, statistics: dict[str, Tensor]) -> None:
         """Raise NotFinite, on all ranks alike, where losses or gradient are not: before the step is taken."""
@@ -388,7 +353,8 @@ class PPO(PolicyModule):
             rank_zero_warn(
                 f"the policy ratio deviates by {summary['first_ratio_deviation']:.3g} from 1 on the first mini-batch: "
                 "the policy that is updated is not the one that sampled. Likely causes: low precision (compare "
-                "trainer.precision: 32-true), dropout, a model that ignores position ids or padding"
+                "trainer.precision: 32-true; execution.recompute_logprobs: always makes the ratio exact for one more "
+                "forward pass), a model that ignores position ids or padding"
             )
         return summary
 
@@ -411,21 +377,10 @@ class PPO(PolicyModule):
 
     # Checks and checkpoints -------------------------------------------------------------------------------------
 
-    def _check_prompts(self, prompts: Prompts) -> None:
-        counts = rows_of_ranks(len(prompts.tokens))
-        rows = sum(counts)
-        if len(prompts.tokens) < self.config.mini_batches:
-            raise UserError(
-                f"a batch of {len(prompts.tokens)} prompts cannot be cut into {self.config.mini_batches} mini-batches: "
-                "raise data's batch_size or lower ppo.mini_batches"
-            )
-        unlike = self.config.micro_batch_size is not None and rows % (self.config.mini_batches * len(counts))
-        if self._sharded and (unlike or rows < self.config.mini_batches * len(counts)):
-            raise UserError(
-                f"a batch of {rows} prompts in {self.config.mini_batches} mini-batches over {len(counts)} processes: "
-                "where weights are sharded every process must run the policy equally often; let the batch of all "
-                "processes be a multiple of mini-batches x processes"
-            )
+    def _check(self, prompts: Prompts, rows: list[int]) -> None:
+        """Raise a `UserError` for prompts that cannot be learned from; `rows` are the numbers of all ranks."""
+        check_rows(rows, self.global_rank, self.config, sharded=bool(self._sharded))
+        self.check_context(prompts.tokens.shape[1])
         if not prompts.mask.any(dim=1).all():
             raise UserError("a prompt of no tokens: a policy needs one at least; drop empty prompts from the data")
 

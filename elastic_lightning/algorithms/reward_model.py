@@ -53,7 +53,7 @@ class RewardModel(SupervisedModule):
 
     def training_step(self, batch: LabelledTexts, batch_idx: int) -> Tensor:
         loss = torch.nn.functional.cross_entropy(self._logits(batch), batch.labels)
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: LabelledTexts, batch_idx: int) -> None:

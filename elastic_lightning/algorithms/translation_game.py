@@ -31,6 +31,7 @@ from elastic_lightning.policies import (
 )
 from elastic_lightning.policies.reference import ReferenceKind
 from elastic_lightning.policies.saving import save_model
+from elastic_lightning.ranks import sum_of_ranks
 from elastic_lightning.rewards import ReferenceLikelihood, Scores
 
 LONGER = 20  # tokens that a translation may have beyond its reference
@@ -140,7 +141,7 @@ class TranslationGame(PPO):
         losses = {}
         for name, pairs in self._supervised.items():
             translator = {"fr_en": self.sender, "en_de": self.receiver}[name]
-            loss = translator.nll(pairs) / self._sum_over_ranks(pairs.target.mask.sum().float())
+            loss = translator.nll(pairs) / sum_of_ranks(pairs.target.mask.sum().float())
             with self._no_gradient_sync():
                 self.manual_backward(self.supervised_weight * loss * self.trainer.world_size)
             losses[f"supervised_{name}_loss"] = loss.detach()

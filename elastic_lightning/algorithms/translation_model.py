@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_lightning.algorithms.hyperparameters import from_plain
-from elastic_lightning.algorithms.ranks import mean_of_ranks
 from elastic_lightning.algorithms.supervised import AdamWConfig, SupervisedModule
 from elastic_lightning.errors import UserError
 from elastic_lightning.metrics import CorpusBLEU, TokenPerplexity
@@ -20,6 +19,7 @@ from elastic_lightning.policies import (
     load_source,
     right_padded,
 )
+from elastic_lightning.ranks import mean_of_ranks
 
 
 class TranslationModel(SupervisedModule):
@@ -83,9 +83,10 @@ class TranslationModel(SupervisedModule):
     def training_step(self, batch: PairedTexts, batch_idx: int) -> Tensor:
         targets = batch.target.tokens[batch.target.mask]
         loss = F.cross_entropy(self._logits(batch), targets, label_smoothing=self.label_smoothing)
-        self.log("train/loss", loss, prog_bar=True)
-        # A token weighs the same on every rank, though DDP averages gradients over ranks.
-        return loss * (len(targets) / mean_of_ranks(float(len(targets))))
+        # A token weighs the same on every rank, though DDP averages gradients, and the log losses, over ranks.
+        loss = loss * (len(targets) / mean_of_ranks(float(len(targets))))
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        return loss
 
     def validation_step(self, batch: TranslationBatch, batch_idx: int) -> None:
         self._measure(batch, "val", with_beam=self.validate_with_beam)

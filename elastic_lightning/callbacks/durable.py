@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -22,7 +22,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
         fresh = target.with_name(f"{target.name}.writing")
         try:
             with fresh.open("wb") as file:
-                torch.save(checkpoint, file)
+                _save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(fresh, target)
@@ -30,6 +30,15 @@ class DurableCheckpointIO(TorchCheckpointIO):
             fresh.unlink(missing_ok=True)
             raise
         sync_folder(target.parent)
+
+
+def _save(checkpoint: dict[str, Any], file: BinaryIO) -> None:
+    try:
+        torch.save(checkpoint, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # torch says where in its code a write failed, but not why
+            raise error.__context__ from None
+        raise
 
 
 def sync_folder(folder: Path) -> None:

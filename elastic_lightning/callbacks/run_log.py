@@ -10,11 +10,16 @@ from lightning import Trainer
 LOGS = ("events.out.tfevents.*", "samples.jsonl")
 
 
-def mark(trainer: Trainer) -> dict[str, int]:
-    """Bytes of each log in the run's folder, after what waits in memory was written."""
+def flush(trainer: Trainer) -> None:
+    """Write what waits in memory."""
     for logger in trainer.loggers:
         if hasattr(logger.experiment, "flush"):
             logger.experiment.flush()
+
+
+def mark(trainer: Trainer) -> dict[str, int]:
+    """Bytes of each log in the run's folder, after what waits in memory was written."""
+    flush(trainer)
     return {path.name: path.stat().st_size for path in _logs(trainer)}
 
 

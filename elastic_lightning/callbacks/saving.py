@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +16,10 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from elastic_lightning.callbacks.durable import DurableCheckpointIO, sync_folder
 from elastic_lightning.callbacks.position import Position
-from elastic_lightning.callbacks.run_log import mark, rewind
+from elastic_lightning.callbacks.run_log import flush, mark, rewind
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies.saving import check_mergeable
+from elastic_lightning.ranks import alike
 
 
 class SavePretrained(Callback):
@@ -73,19 +75,21 @@ class SavePretrained(Callback):
 
     def _save(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
         folder = self.folder or trainer.log_dir
-        sharded = type(trainer.strategy).__name__ == "ModelParallelStrategy"  # then every rank holds a part
-        if trainer.fast_dev_run or not (trainer.is_global_zero or sharded):
+        if trainer.fast_dev_run:
             return
         if folder is None:
             raise UserError("SavePretrained needs a run folder: give the trainer a logger, or the callback a `folder`")
-        target, fresh = Path(folder) / name, Path(folder) / f"{name}.writing"
-        if trainer.is_global_zero:
+        alike(lambda: self._write(trainer, pl_module, Path(folder) / name))
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, target: Path) -> None:
+        first, fresh = trainer.is_global_zero, target.with_name(f"{target.name}.writing")
+        if first:
             shutil.rmtree(fresh, ignore_errors=True)
-        pl_module.save_pretrained(fresh, adapter=self.adapter)
-        if not trainer.is_global_zero:
-            return
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(fresh, target)
+        if first or type(trainer.strategy).__name__ == "ModelParallelStrategy":  # then every rank holds a part
+            pl_module.save_pretrained(fresh, adapter=self.adapter)
+        if first:
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(fresh, target)
 
 
 class BatchCheckpoint(Checkpoint):
@@ -101,7 +105,8 @@ class BatchCheckpoint(Checkpoint):
         keep: how many of the latest stay.
 
     Raises:
-        UserError: a checkpoint cannot be written (those before stay as they are), or the run's folder is gone.
+        UserError: a checkpoint cannot be written (those before stay as they are), or the run's folder is gone; on
+            every rank, though the first alone writes.
     """
 
     def __init__(self, every: int = 50, keep: int = 2) -> None:
@@ -167,22 +172,40 @@ class BatchCheckpoint(Checkpoint):
 
     def _save(self, trainer: Trainer) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
-        if self.last is not None and trainer.is_global_zero and not folder.is_dir():
-            raise UserError(f"the run's folder is gone: {folder} (the last checkpoint was {self.last.name})")
         target = folder / f"batch_{self.batches:06d}.ckpt"
+        alike(lambda: self._prepare(trainer, target))
         self._saving = True
         try:
-            trainer.save_checkpoint(target.with_suffix(".writing"), weights_only=False)
-            if trainer.is_global_zero:
-                os.replace(target.with_suffix(".writing"), target)
-                sync_folder(folder)
-                self._remove_old(folder, target)
-        except OSError as error:
-            kept = f"the last good checkpoint is {self.last}" if self.last else "there is none before it"
-            raise UserError(f"cannot write {target}: {error.strerror or error}; {kept}") from error
+            error = _write_whole(trainer, target.with_suffix(".writing"))
+            alike(lambda: self._name(trainer, target, error))
         finally:
             self._saving = False
         self.saved, self.last = self.batches, target
+
+    def _prepare(self, trainer: Trainer, target: Path) -> None:
+        """What may fail on the first rank alone before all of them bring their weights together."""
+        if self.last is not None and trainer.is_global_zero and not target.parent.is_dir():
+            raise UserError(f"the run's folder is gone: {target.parent} (the last checkpoint was {self.last.name})")
+        with self._saying_what_is_kept(target):
+            flush(trainer)
+
+    def _name(self, trainer: Trainer, target: Path, error: OSError | None) -> None:
+        """Give what was written its name, and remove what is too old; or say why it could not be written."""
+        with self._saying_what_is_kept(target):
+            if error is not None:
+                raise error
+            if trainer.is_global_zero:
+                os.replace(target.with_suffix(".writing"), target)
+                sync_folder(target.parent)
+                self._remove_old(target.parent, target)
+
+    @contextmanager
+    def _saying_what_is_kept(self, target: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            kept = f"the last good checkpoint is {self.last}" if self.last else "there is none before it"
+            raise UserError(f"cannot write {target}: {error.strerror or error}; {kept}") from error
 
     def _remove_old(self, folder: Path, target: Path) -> None:
         # What counts higher is of another run in the same folder, and would push out the file just written.
@@ -192,3 +215,13 @@ class BatchCheckpoint(Checkpoint):
                 shutil.rmtree(old)
             else:
                 old.unlink()
+
+
+def _write_whole(trainer: Trainer, path: Path) -> OSError | None:
+    """Have all ranks make a checkpoint and the first one write it; returns what went wrong there."""
+    try:
+        trainer.save_checkpoint(path, weights_only=False)
+    except OSError as error:
+        trainer.strategy.barrier()  # where the other ranks wait, at the end of saving
+        return error
+    return None

@@ -28,7 +28,6 @@ from elastic_lightning.evaluation.humaneval import (
     check_allowed,
     evaluate_humaneval,
     read_problems,
-    write_records,
 )
 from elastic_lightning.evaluation.perplexity import Document, check_windows, sliding_perplexity, tokens_to_score
 from elastic_lightning.evaluation.tax import FILE, describe
@@ -220,10 +219,8 @@ def measure_humaneval(
 ) -> dict[str, Any]:
     """pass@k of HumanEval; the programs and what came of them lie beside the file."""
     completer = PolicyCompleter(policy, tokenizer, options.sampling, options.seed, STOPS)
-    result = evaluate_humaneval(completer, options)
     folder.mkdir(parents=True, exist_ok=True)
-    write_records(folder / RECORDS, result["records"])
-    return result["summary"]
+    return evaluate_humaneval(completer, options, folder / RECORDS)["summary"]
 
 
 def write(path: Path, results: dict[str, Any]) -> None:

@@ -9,8 +9,9 @@ import gzip
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -90,7 +91,9 @@ class Completer(Protocol):
         """The text after each prompt, a fresh draw at each call."""
 
 
-def evaluate_humaneval(policy: str | Completer, options: HumanEvalOptions) -> dict[str, Any]:
+def evaluate_humaneval(
+    policy: str | Completer, options: HumanEvalOptions, records_path: Path | None = None
+) -> dict[str, Any]:
     """Complete every prompt, run every completion's test, and count.
 
     Prompts are given without white space at their ends, as models' tokens usually begin with it. A completion
@@ -99,6 +102,8 @@ def evaluate_humaneval(policy: str | Completer, options: HumanEvalOptions) -> di
     Args:
         policy: a `save_pretrained` folder, a hub id, a checkpoint, or an object with `complete`.
         options: how completions are drawn and run.
+        records_path: where records are written, one line of JSON each; while it goes on as ``<name>.writing``, so that
+            what an interruption leaves can be read.
 
     Returns:
         ``{"summary": {...}, "records": [...]}``: the counts, ``pass@k`` for the k of `KS` that `samples` allows, and
@@ -116,15 +121,17 @@ def evaluate_humaneval(policy: str | Completer, options: HumanEvalOptions) -> di
         completer = PolicyCompleter.load(policy, options.sampling, options.seed, STOPS)
     if isinstance(completer, PolicyCompleter):
         completer.check(prompts)
-    with _progress() as progress:
-        completions = list(progress.track(_complete(completer, prompts, options), len(tasks), description="completing"))
-        with ThreadPoolExecutor(options.workers or len(os.sched_getaffinity(0))) as pool:
-            running = pool.map(lambda task, text: _test(task[0], text, options), tasks, completions)
-            outcomes = list(progress.track(running, len(tasks), description="running"))
-    records = [
-        {"task_id": problem.task_id, "sample": sample, "completion": completion, **outcome._asdict()}
-        for (problem, sample), completion, outcome in zip(tasks, completions, outcomes, strict=True)
-    ]
+    records, passed = [], 0
+    workers = options.workers or len(os.sched_getaffinity(0))
+    with _progress() as progress, ThreadPoolExecutor(workers) as pool, _lines(records_path) as write:
+        bar = progress.add_task("", total=len(tasks), passed=0)
+        for start in range(0, len(tasks), options.batch_size):
+            batch = slice(start, start + options.batch_size)
+            for record in _write_and_run(completer, tasks[batch], prompts[batch], options, pool):
+                write(record)
+                records.append(record)
+                passed += record["passed"]
+                progress.update(bar, advance=1, passed=passed)
     return {"summary": {**summarize(records), "options": asdict(options)}, "records": records}
 
 
@@ -187,15 +194,18 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
     return {"problems": len(passed), "samples": samples, "passed": sum(map(sum, passed.values())), **means}
 
 
-def write_records(path: str | Path, records: list[dict[str, Any]]) -> None:
-    """One line of JSON a completion."""
-    Path(path).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-
-
-def _complete(completer: Completer, prompts: list[str], options: HumanEvalOptions) -> Iterator[str]:
-    for start in range(0, len(prompts), options.batch_size):
-        batch = prompts[start : start + options.batch_size]
-        yield from (truncate(text) for _, text in zip(batch, completer.complete(batch), strict=True))
+def _write_and_run(
+    completer: Completer,
+    tasks: list[tuple[Problem, int]],
+    prompts: list[str],
+    options: HumanEvalOptions,
+    pool: ThreadPoolExecutor,
+) -> Iterator[dict[str, Any]]:
+    """Records of one batch of (problem, number of the sample): completed together, then run one by one."""
+    completions = [truncate(text) for text in completer.complete(prompts)]
+    outcomes = pool.map(lambda task, text: _test(task[0], text, options), tasks, completions)
+    for (problem, sample), completion, outcome in zip(tasks, completions, outcomes, strict=True):
+        yield {"task_id": problem.task_id, "sample": sample, "completion": completion, **outcome._asdict()}
 
 
 def _test(problem: Problem, completion: str, options: HumanEvalOptions) -> Outcome:
@@ -210,5 +220,17 @@ def _test_source(problem: Problem) -> str:
 
 
 def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns)
+    passed = TextColumn("{task.fields[passed]} passed")
+    return Progress(TextColumn("HumanEval"), BarColumn(), MofNCompleteColumn(), passed, TimeRemainingColumn())
+
+
+@contextmanager
+def _lines(path: Path | None) -> Iterator[Callable[[Any], None]]:
+    """A function that writes one line of JSON to ``<name>.writing``, which gets its name at the end."""
+    if path is None:
+        yield lambda record: None
+        return
+    unfinished = path.with_name(f"{path.name}.writing")
+    with unfinished.open("w", encoding="utf-8", buffering=1) as file:
+        yield lambda record: file.write(json.dumps(record) + "\n")
+    os.replace(unfinished, path)

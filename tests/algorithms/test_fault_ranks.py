@@ -8,19 +8,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from algorithms.conftest import save_policy
 
 TESTS = Path(__file__).parents[1]
 
 
-@pytest.mark.slow
-def test_a_bad_reward_on_one_rank_is_skipped_by_both(toy, tmp_path):
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of two ranks made of the runs of `fault_on_one_rank`."""
+    folder = tmp_path_factory.mktemp("faults")
+    (folder / "policy").mkdir()
+    save_policy(folder / "policy")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
     shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     shared |= {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
-    command = [sys.executable, str(TESTS / "algorithms" / "fault_on_one_rank.py"), toy.folder, str(tmp_path)]
+    command = [sys.executable, str(TESTS / "algorithms" / "fault_on_one_rank.py"), str(folder / "policy"), str(folder)]
     processes = [
         subprocess.Popen(
             command,
@@ -34,7 +42,11 @@ def test_a_bad_reward_on_one_rank_is_skipped_by_both(toy, tmp_path):
     for process in processes:
         output, _ = process.communicate(timeout=500)
         assert process.returncode == 0, output[-4000:]
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+def test_a_bad_reward_on_one_rank_is_skipped_by_both(ranks):
+    first, second = (rank["skipped"] for rank in ranks)
     for rank in (first, second):
         assert rank["skipped"] == {"reward": 1} and rank["ppo_step"] == 3
         assert rank["updates"] == 2 * 4  # of the two batches that were not skipped
@@ -43,3 +55,18 @@ def test_a_bad_reward_on_one_rank_is_skipped_by_both(toy, tmp_path):
     for kind in ("weights", "average"):
         for name, weight in first[kind].items():
             assert torch.equal(weight, second[kind][name]), name
+
+
+@pytest.mark.parametrize(
+    ("case", "rank", "reason"),
+    [
+        ("reward raises", 1, "the reward FailsOnLastRank raised ConnectionError: no answer"),
+        ("empty prompt", 1, "a prompt of no tokens"),
+        ("checkpoint", 0, "batch_000001.ckpt: Is a directory; there is none before it"),
+        ("export", 0, "Not a directory"),
+    ],
+)
+def test_what_stops_one_rank_stops_both(ranks, case, rank, reason):
+    own, other = ranks[rank][case], ranks[1 - rank][case]
+    assert reason in own[1]
+    assert other == ("UserError", "another process cannot go on, and says why")

@@ -1,11 +1,13 @@
-"""What the tests of the sandbox need, and leave behind: nothing."""
+"""What the tests of the sandbox need, and leave behind: nothing; and a folder for pipelines."""
 
 import sys
 import tempfile
 
 import pytest
+from pipeline_world import SCRIPT
 from trials import processes, wait_until
 
+from elastic_lightning.evaluation import pipeline as pipelines
 from elastic_lightning.evaluation import sandbox
 from elastic_lightning.evaluation.sandbox import missing_fences
 
@@ -33,3 +35,11 @@ def fences(request):
 def without_namespaces(monkeypatch):
     """A machine that grants none."""
     monkeypatch.setattr(sandbox, "missing_fences", lambda: "no namespaces here")
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACE", str(tmp_path / "trace.jsonl"))
+    monkeypatch.setattr(pipelines, "PATIENCE", 2.0)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    return tmp_path

@@ -20,7 +20,6 @@ from elastic_lightning.evaluation.humaneval import (
     read_problems,
     summarize,
     truncate,
-    write_records,
 )
 from elastic_lightning.evaluation.sandbox import Limits
 
@@ -105,7 +104,30 @@ def test_summary():
     assert summary == {"problems": 2, "samples": 10, "passed": 2, "pass@1": pytest.approx(0.1), "pass@10": 0.5}
 
 
-def test_records(write, tmp_path, fences):
+class Interrupted(Written):
+    """Fails in its second batch."""
+
+    def complete(self, prompts):
+        if self.batches:
+            raise ConnectionError("gone")
+        return super().complete(prompts)
+
+
+def test_what_an_interruption_leaves_can_be_read(write, tmp_path, fences):
+    problems = [problem(number) for number in range(3)]
+    right = {each.prompt.strip(): ["\n    return x + 1"] for each in problems}
+    path, options = tmp_path / "records.jsonl", write(problems, batch_size=2)
+    with pytest.raises(ConnectionError):
+        evaluate_humaneval(Interrupted(right), options, path)
+    left = [json.loads(line) for line in (tmp_path / "records.jsonl.writing").read_text().splitlines()]
+    assert [(row["task_id"], row["passed"]) for row in left] == [("Test/0", True), ("Test/1", True)]
+    assert not path.exists()
+    whole = evaluate_humaneval(Written(right), options, path)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == whole["records"]
+    assert not (tmp_path / "records.jsonl.writing").exists()
+
+
+def test_records(write, fences):
     problems = [problem(number) for number in range(3)]
     right, wrong = "\n    return x + 1\n\ndef another(): pass", "\n    return x"
     completions = {problems[0].prompt: [right, wrong], problems[1].prompt: [wrong], problems[2].prompt: [right]}
@@ -124,8 +146,6 @@ def test_records(write, tmp_path, fences):
     assert result["summary"]["pass@1"] == pytest.approx((0.5 + 0 + 1) / 3)
     assert result["summary"]["options"]["limits"]["cpu_seconds"] == 1
     json.dumps(result)
-    write_records(tmp_path / "records.jsonl", result["records"])
-    assert [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()] == result["records"]
 
 
 # Each the body of a function that should return x + 1.

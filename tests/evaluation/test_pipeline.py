@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,82 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
+from pipeline_world import run, stage, traces, write
 from rich.console import Console
 
 from elastic_lightning.errors import UserError
 from elastic_lightning.evaluation import pipeline as pipelines
 from elastic_lightning.evaluation import progress
 from elastic_lightning.evaluation.stages import flag, read_pipeline
-
-# Writes the files named, traces when it ran, and fails, sleeps or logs to TensorBoard when it is told to.
-SCRIPT = """
-import json, os, pathlib, subprocess, sys, time
-options = dict(argument[2:].split("=", 1) for argument in sys.argv[2:] if argument.startswith("--") and "=" in argument)
-began = time.time()
-print("hello from", sys.argv[1])
-if "child" in options:
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    pathlib.Path(options["child"]).write_text(str(child.pid))
-time.sleep(float(options.get("sleep", 0)))
-if "reward" in options:
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
-    folder = "{trainer.logger.init_args.save_dir}/{trainer.logger.init_args.name}/{trainer.logger.init_args.version}"
-    for key, value in options.items():
-        folder = folder.replace("{" + key + "}", value)
-    writer = EventFileWriter(folder)
-    for step in (0, 10):
-        for tag, value in (("val/reward", 0.5 + step * float(options["reward"])), ("val/kl", step)):
-            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
-            writer.add_event(Event(step=step, wall_time=began, summary=summary))
-    writer.close()
-if "make" in options:
-    pathlib.Path(options["make"]).parent.mkdir(parents=True, exist_ok=True)
-    pathlib.Path(options["make"]).write_text("made")
-with open(os.environ["TRACE"], "a") as trace:
-    line = {"args": sys.argv[1:], "began": began, "ended": time.time(), "threads": os.environ["OMP_NUM_THREADS"]}
-    trace.write(json.dumps(line) + "\\n")
-if "fail" in options:
-    print("\\n".join(f"line {i}" for i in range(100)))
-    sys.exit(3)
-"""
-
-
-@pytest.fixture
-def world(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACE", str(tmp_path / "trace.jsonl"))
-    monkeypatch.setattr(pipelines, "PATIENCE", 2.0)
-    (tmp_path / "script.py").write_text(SCRIPT)
-    return tmp_path
-
-
-def stage(command="work", made="{run}/made", **more):
-    """A stage that writes one file; `set` is added to."""
-    settings = {"make": made, **more.pop("set", {})}
-    return {"command": command, "set": settings, "produces": [made], **more}
-
-
-def write(world, stages, **more):
-    """The pipeline file."""
-    file = world / "pipeline.yaml"
-    file.write_text(yaml.safe_dump({"output": str(world / "out"), "stages": stages, **more}, sort_keys=False))
-    return file
-
-
-def run(world, stages=None, only=None, force=False, **more):
-    """(exit status, what was printed, the commands that ran) of one call."""
-    (world / "trace.jsonl").unlink(missing_ok=True)
-    console = Console(file=io.StringIO(), width=200)
-    pipeline = read_pipeline(write(world, stages, **more) if stages else world / "pipeline.yaml")
-    status = pipelines.run(pipeline, [sys.executable, str(world / "script.py")], only, force, console)
-    return status, console.file.getvalue(), [line["args"][0] for line in traces(world)]
-
-
-def traces(world):
-    file = world / "trace.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def gone(pid, patience=3.0):
@@ -302,75 +232,6 @@ def test_record_that_is_no_json_reruns(world):
     run(world, {"one": stage("a")})
     (world / "out/one/seed_1/stage.json").write_text("{")
     assert run(world)[2] == ["a"]
-
-
-def wrong(**change):
-    return {"one": {**stage("a"), **change}}
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"stages": wrong(comand="a")}, r"stage 'one': unknown key 'comand' \(did you mean 'command'\?\)"),
-        ({"stages": wrong(command=None)}, "stage 'one': no 'command'"),
-        ({"stages": wrong(needs=["tow"]), "x": 1}, "unknown key 'x'"),
-        ({"stages": {**wrong(needs=["tow"]), "two": stage("b")}}, "unknown stage 'tow' .did you mean 'two'"),
-        ({"stages": {"one": stage("a", needs="two"), "two": stage("b", needs="one")}}, "in a circle: "),
-        ({"stages": wrong(config="none.yaml")}, "no such config file: .*none.yaml"),
-        ({"stages": wrong(seeds=[1, 1])}, "seeds must be different whole numbers"),
-        ({"stages": wrong(seeds=3)}, "seeds must be list, not 3"),
-        ({"stages": wrong(seeds=[])}, "seeds must be different"),
-        ({"stages": wrong(set={"a": "{ouput}/x"})}, r"unknown placeholder {ouput} \(did you mean 'output'"),
-        ({"stages": wrong(arguments=["{data}"])}, "give the folder with --data DIR"),
-        ({"stages": wrong(arguments=[{"a": 1}])}, "arguments must be strings or numbers"),
-        ({"stages": wrong(produces=[1])}, "produces must hold strings"),
-        ({"stages": wrong(set={1: 1})}, "keys of set must be strings"),
-        ({"stages": {"report": stage("a")}}, "and not 'report'"),
-        ({"stages": {"../up": stage("a")}}, "a stage is named by"),
-        ({"stages": {"one": ["fit"]}}, "stage 'one': expected a mapping"),
-        ({"stages": {}}, "no stages"),
-        ({"stages": wrong(), "output": None}, "no 'output'"),
-        ({"stages": wrong(), "jobs": 0}, "--jobs must be at least 1"),
-        ({"stages": wrong(), "jobs": True}, "jobs must be int, not True"),
-        ({"stages": wrong(), "data": "/nowhere/at/all"}, "--data: no such folder: /nowhere/at/all"),
-        ({"stages": wrong(), "report": {"rewards": "x"}}, "report: unknown key 'rewards' .did you mean 'reward'"),
-    ],
-)
-def test_every_mistake_is_one_line_before_anything_runs(world, content, message):
-    file = world / "pipeline.yaml"
-    file.write_text(yaml.safe_dump({"output": str(world / "out"), **content}))
-    with pytest.raises(UserError, match=message) as caught:
-        read_pipeline(file)
-    assert "\n" not in str(caught.value)
-    assert not (world / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("stages: [", "not valid YAML"),
-        ("stages: {a: {command: x}, a: {command: y}}", "'a' is given twice"),
-        ("- a", "expected a mapping"),
-        ("", "expected a mapping"),
-    ],
-)
-def test_bad_yaml(tmp_path, text, message):
-    (tmp_path / "pipeline.yaml").write_text(text)
-    with pytest.raises(UserError, match=message):
-        read_pipeline(tmp_path / "pipeline.yaml")
-
-
-def test_missing_file_and_main_options(world):
-    with pytest.raises(UserError, match="no such pipeline file"):
-        pipelines.main([str(world / "none.yaml")])
-    file = str(write(world, {"one": stage("a", set={"x": "{data}"})}))
-    with pytest.raises(UserError, match="--data: no such folder"):
-        pipelines.main([file, "--data", str(world / "none")])
-    with pytest.raises(UserError, match="--jobs"):
-        pipelines.main([file, "--data", str(world), "--jobs", "0"])
-    read = read_pipeline(world / "pipeline.yaml", world, world / "elsewhere", 3)
-    assert (read.output, read.jobs) == (world / "elsewhere", 3)
-    assert os.fspath(read.runs["one/seed_1"].folder).startswith(str(world / "elsewhere"))
 
 
 def test_the_model_is_a_placeholder_with_a_default(world):

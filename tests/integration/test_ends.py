@@ -1,0 +1,50 @@
+"""How the command line ends when it cannot go on."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors import SafetensorError
+
+from elastic_lightning import cli
+from elastic_lightning.lightning_cli import end_launched
+
+
+def test_launched_processes_do_not_outlive_the_one_that_launched_them():
+    scripts = ("import time; time.sleep(60)", "import sys; sys.exit(3)")
+    hanging, ending = (subprocess.Popen([sys.executable, "-c", script]) for script in scripts)
+    began = time.monotonic()
+    end_launched([hanging, ending], patience=2.0)
+    assert hanging.returncode == -9 and ending.returncode == 3
+    assert 2.0 <= time.monotonic() - began < 30.0
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(28, "No space left on device", "a.ckpt"), "No space left on device: a.ckpt; free some space"),
+        (
+            # As safetensors 0.8 says it on a full disk.
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "(os error 28); free some space, then go on with --ckpt_path last",
+        ),
+    ],
+)
+def test_a_full_disk_is_one_line(monkeypatch, capsys, error, line):
+    def run(command, argv):
+        raise RuntimeError("cannot save") from error
+
+    monkeypatch.setattr(cli, "_run", run)
+    assert cli.main(["fit"]) == 2
+    printed = capsys.readouterr().err
+    assert line in printed and printed.count("\n") == 1
+
+
+def test_a_mistake_of_our_own_is_shown_whole(monkeypatch):
+    def run(command, argv):
+        raise SafetensorError("Error while deserializing header: HeaderTooLarge")
+
+    monkeypatch.setattr(cli, "_run", run)
+    with pytest.raises(SafetensorError):
+        cli.main(["fit"])
