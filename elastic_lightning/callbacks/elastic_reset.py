@@ -8,6 +8,7 @@ from lightning import LightningModule, Trainer
 
 from elastic_lightning.callbacks.weight_sets import UpdateOn, WeightSets
 from elastic_lightning.functional import copy_
+from elastic_lightning.ranks import alike
 
 
 class ElasticReset(WeightSets):
@@ -152,11 +153,15 @@ class EMAOnly(WeightSets):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = trainer.log_dir  # asked for on every rank: the first one tells the others
         sharded = type(trainer.strategy).__name__ == "ModelParallelStrategy"  # then every rank holds a part
-        writes = self.save and (trainer.is_global_zero or sharded) and folder and not trainer.fast_dev_run
-        if writes and hasattr(pl_module, "save_pretrained"):
+        writes = trainer.is_global_zero or sharded
+
+        def write() -> None:
             _settle_all(trainer)
             with self.average_weights():
                 pl_module.save_pretrained(f"{folder}/ema")
+
+        if self.save and folder and not trainer.fast_dev_run and hasattr(pl_module, "save_pretrained"):
+            alike(write if writes else lambda: None)
 
     def _swap_back(self) -> None:
         if self._swapped is not None:

@@ -147,17 +147,23 @@ def kill(process: BaseProcess, run: Path, batch: int, delay: float) -> Kill | No
     return Kill(saved_batch(run), max(scalars(run).get("train/reward", {0: []})))
 
 
-def trial(number: int, seed: int, world: Path, whole: Path, seconds: float) -> Trial:
-    """One run, killed once or twice and resumed to the end; `seconds` are those of an unbroken batch."""
-    chance, run, began = random.Random(seed * 1000 + number), whole.parent / f"killed_{number}", time.monotonic()
+def begin_and_kill(world: Path, run: Path, chance: random.Random, seconds: float) -> list[Kill]:
+    """Begin a run and kill it, sometimes resume it and kill it again; its kills."""
     kills, batch = [], 0
     for _ in range(1 + (chance.random() < 0.4)):
         batch = chance.randint(batch + 1, EPOCHS * BATCHES)
         stopped = kill(start(world, run, resume=bool(kills)), run, batch, chance.random() * 1.5 * seconds)
+        kills += [stopped] if stopped else []
         if stopped is None or batch == EPOCHS * BATCHES:
-            kills += [stopped] if stopped else []
             break
-        kills.append(stopped)
+    return kills
+
+
+def trial(number: int, seed: int, world: Path, whole: Path, seconds: float) -> Trial:
+    """One run, killed once or twice and resumed to the end; `seconds` are those of an unbroken batch."""
+    chance, run, began = random.Random(seed * 1000 + number), whole.parent / f"killed_{number}", time.monotonic()
+    while not (kills := begin_and_kill(world, run, chance, seconds)):
+        shutil.rmtree(run)  # it was over before it could be killed: again, at another moment
     lost = [f"{stop.logged - stop.saved} batches lost" for stop in kills if stop.logged - stop.saved > 1]
     finish(start(world, run, resume=True), run)
     found = Trial(number, kills, time.monotonic() - began, lost + compare(run, whole))
@@ -257,7 +263,7 @@ def main() -> int:
         with ThreadPoolExecutor(arguments.jobs) as pool:
             numbers = range(1, arguments.runs + 1)
             for done in pool.map(lambda n: trial(n, arguments.seed, folder, whole, seconds), numbers):
-                saved = ", ".join(str(stop.saved) for stop in done.kills) or "(was over)"
+                saved = ", ".join(str(stop.saved) for stop in done.kills)
                 repeats = ", ".join(str(stop.logged - stop.saved) for stop in done.kills)
                 verdict = "identical" if not done.differences else f"{len(done.differences)} DIFFER"
                 print(f"{done.number:>4}  {saved:<20}{repeats:<18}{done.seconds:>8.1f}  {verdict}", flush=True)
