@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import importlib
 import itertools
 import os
-import re
 import sys
 import warnings
 from pathlib import Path
 
-from elastic_lightning.errors import UserError
+from elastic_lightning.errors import UsageError, UserError
+from elastic_lightning.mistakes import as_line
 
 OWN_COMMANDS = {  # name -> module with main(argv), what it does
     "pipeline": ("elastic_lightning.evaluation.pipeline", "run the stages of a pipeline file in order, then report"),
@@ -28,12 +27,6 @@ LIGHTNING_COMMANDS = {
     "test": "measure on the test data, and write test.json",
     "predict": "write responses and rewards as JSONL",
 }
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-FREE_SPACE = "free some space, then go on with --ckpt_path last"
-CALLBACK_FIELDS = (
-    " (--trainer.callbacks.FIELD is of the callback that --trainer.callbacks+=NAME adds before it; change those of a "
-    "configuration file in the file)"
-)
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
 
@@ -50,12 +43,14 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         return _run(argv[0], argv[1:])
+    except UsageError as error:
+        return _fail(str(error), 2)
     except UserError as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except Exception as error:
-        message = _user_mistake(error, argv)
+        message = as_line(error, argv)
         if message is None:
             raise
         return _fail(message, 2)
@@ -114,65 +109,6 @@ def _keep_memory() -> None:
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(M_TOP_PAD, 64 * 2**20)
-
-
-def _user_mistake(error: Exception, argv: list[str]) -> str | None:
-    """The line to show for errors that other libraries raise for wrong input; None for everything else."""
-    for cause in _chain(error):  # a parser wraps what a constructor raises
-        if isinstance(cause, UserError):
-            return str(cause)
-        if isinstance(cause, OSError) and cause.errno in DISK_FULL:
-            where = f": {cause.filename}" if cause.filename else ""
-            return f"{cause.strerror}{where}; {FREE_SPACE}"
-        if type(cause).__name__ == "SafetensorError" and any(f"(os error {code})" in str(cause) for code in DISK_FULL):
-            return f"{cause}; {FREE_SPACE}"
-        if "torch" in sys.modules and (line := _out_of_memory(cause)):
-            return line
-    if type(error).__name__ == "ArgumentError":
-        fields = [argument for argument in argv if argument.startswith("--trainer.callbacks.")]
-        return _condense(str(error)) + (CALLBACK_FIELDS if fields else "")
-    if type(error).__name__ == "MisconfigurationException":
-        return " ".join(str(error).split())
-    return None
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    """An error and what led to it, each once: an error raised again can be the context of its own cause."""
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and all(cause is not other for other in chain):
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    return chain
-
-
-def _out_of_memory(error: BaseException) -> str | None:
-    from elastic_lightning.policies.portions import first_line, out_of_memory
-
-    if not out_of_memory(error):
-        return None
-    return f"{first_line(error)} (lower ppo.micro_batch_size, data's batch_size or sampling.max_new_tokens)"
-
-
-def _condense(message: str) -> str:
-    """One line of a parser's message: the innermost problem, without the alternatives it tried and the whole value."""
-    problems = re.findall(
-        r"Problem with given class_path '([^']+)':\s*(.*?)(?=\n\s*- |\n\s*Given value|\Z)", message, re.S
-    )
-    foreign = re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", message)
-    choices = re.search(r'Parser key "([^"]+)":\s*Does not validate against any.*Given value: (.*)', message, re.S)
-    unknown = re.search(r"Expected a dot import path string: (\S+)", message)
-    if problems:
-        path, reason = problems[-1]
-        message = f"{path.rsplit('.', 1)[-1]}: {reason}"
-    elif foreign:
-        message = f"{foreign[1]} is not a {foreign[2]}"
-    elif choices:
-        expected = ", ".join(dict.fromkeys(re.findall(r"- Expected an? (.*?)(?=\n|\Z)", message)))
-        message = f"{choices[1]} cannot be {' '.join(choices[2].split())[:100]}: expected {expected[:350]}"
-    elif unknown:
-        message = f"there is no class {unknown[1]!r}: check its spelling, or give its full import path"
-    return " ".join(message.split())
 
 
 def _fail(message: str, status: int) -> int:

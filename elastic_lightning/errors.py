@@ -1,4 +1,4 @@
-"""The one exception that is the user's to mend."""
+"""Exceptions that are the user's to mend."""
 
 
 class UserError(ValueError):
@@ -6,6 +6,10 @@ class UserError(ValueError):
 
     The command line prints the message without a traceback and exits with status 1; in Python it is a `ValueError`.
     """
+
+
+class UsageError(UserError):
+    """A command line that cannot be parsed; it exits with status 2."""
 
 
 class NotFinite(UserError):

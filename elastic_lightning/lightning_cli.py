@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,19 +13,55 @@ from typing import Any
 
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from elastic_lightning import algorithms, callbacks, data, rewards
 from elastic_lightning.callbacks import BatchCheckpoint, Preemption, ResponseWriter, RunProgress
 from elastic_lightning.callbacks.preemption import Preempted
 from elastic_lightning.callbacks.run_config import RunConfig
 from elastic_lightning.errors import UserError
+from elastic_lightning.mistakes import foreign_errors_as_lines
+from elastic_lightning.outputs import check_free, check_writable
 from elastic_lightning.policies.checkpoints import read_checkpoint
-from elastic_lightning.resume import check_fixed_folder, check_same_run, checkpoint_for, differences, resume_line
+from elastic_lightning.resume import (
+    check_fixed_folder,
+    check_loggers,
+    check_same_run,
+    check_whole,
+    checkpoint_for,
+    differences,
+    resume_line,
+)
 
 PACKAGES = (algorithms, callbacks, data, rewards)  # imported so that their classes are known by their short names
+NOT_ZERO = ("max_epochs", "max_steps", "limit_train_batches", "val_check_interval", "check_val_every_n_epoch")
 PARTS = ("model", "data", "trainer")  # of a configuration, which a checkpoint keeps
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the configuration when training begins: what fails before or only measures leaves that of a run alone."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Not yet."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
+
+
+class RunFolder(DummyLogger):
+    """In place of a logger that writes into a run's folder, for commands that only measure: its log stays whole."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder = folder
+
+    @property
+    def save_dir(self) -> str:
+        return self.folder
 
 
 class ElasticCLI(LightningCLI):
@@ -47,7 +82,8 @@ class ElasticCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},  # a folder that is not resumed holds no run, see `fit`
             trainer_defaults={"use_distributed_sampler": False, "log_every_n_steps": 1},
             seed_everything_default=1,
             parser_kwargs={"allow_abbrev": False, "exit_on_error": False},
@@ -107,12 +143,20 @@ class ElasticCLI(LightningCLI):
         except ModuleNotFoundError as error:
             raise UserError(f"the trainer needs a package that is not here: {' '.join(str(error).split())}") from error
         if trainer.log_dir:
-            _check_writable(Path(trainer.log_dir))
+            check_writable(Path(trainer.log_dir), "the run")
+        if self.subcommand != "fit":
+            own = (TensorBoardLogger, CSVLogger)
+            trainer.loggers = [RunFolder(log.log_dir) if isinstance(log, own) else log for log in trainer.loggers]
         return trainer
+
+    def instantiate_classes(self) -> None:
+        with foreign_errors_as_lines():
+            super().instantiate_classes()
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
-            super()._run_subcommand(subcommand)
+            with foreign_errors_as_lines(lambda: self.trainer.global_step == 0):
+                super()._run_subcommand(subcommand)
         except Exception:
             launcher = self.trainer.strategy.launcher
             if isinstance(launcher, _SubprocessScriptLauncher):  # which ends the others on Ctrl-C alone
@@ -120,19 +164,25 @@ class ElasticCLI(LightningCLI):
             raise
 
     def fit(self, **arguments: Any) -> None:
-        folder = Path(self.trainer.log_dir) if self.trainer.log_dir and not self.trainer.fast_dev_run else None
+        trainer = self.trainer
+        zero = next((name for name in NOT_ZERO if getattr(trainer, name) == 0), None)
+        if zero is not None:
+            raise UserError(f"trainer.{zero} must not be 0")
+        folder = Path(trainer.log_dir) if trainer.log_dir and not trainer.fast_dev_run else None
         resuming = arguments.get("ckpt_path") is not None
-        first = self.trainer.is_global_zero  # which may have begun to write when another rank comes here
-        if first and folder and not resuming and any(folder.glob("events.out.tfevents.*")):
-            raise UserError(
-                f"{folder} already holds a run: remove it, choose another trainer.logger.init_args.version, "
-                "or resume with --ckpt_path"
-            )
-        fresh = folder is not None and not folder.exists()
+        first = trainer.is_global_zero  # which may have begun to write when another rank comes here
+        if first and folder and not resuming:
+            check_free(folder)
+        missing = [path for path in (folder, *folder.parents) if not path.exists()] if folder else []
+        fresh = folder in missing
         if resuming:
             path = arguments["ckpt_path"]
-            notes = check_same_run(read_checkpoint(path), self.run_config.config, path, self.trainer.world_size)
-            if self.trainer.is_global_zero:
+            checkpoint = read_checkpoint(path)
+            check_whole(checkpoint, path)
+            check_loggers(trainer.loggers)
+            self.run_config.resumed_from = path
+            notes = check_same_run(checkpoint, self.run_config.config, path, trainer.world_size)
+            if first:
                 print("".join(f"note: {note}\n" for note in notes), end="", flush=True)
         try:
             self.trainer.fit(**arguments)
@@ -144,9 +194,14 @@ class ElasticCLI(LightningCLI):
                 for logger in self.trainer.loggers:
                     logger.finalize("failed")
                 shutil.rmtree(folder, ignore_errors=True)  # nothing was trained: leave nothing in the way of a retry
+                for parent in missing[1:]:
+                    if parent.is_dir() and not any(parent.iterdir()):
+                        parent.rmdir()
             elif first and folder and isinstance(error, Exception) and not folder.is_dir():
                 # Whoever wrote first met it: a checkpoint, or a logger, whose own message says nothing of it.
                 raise UserError(f"the run's folder is gone: {folder}/checkpoints and all beside it") from error
+            if isinstance(error, SIGTERMException):  # later ones are for `Preemption`
+                raise UserError("stopped by SIGTERM before a batch was trained: nothing was saved") from None
             raise
 
     def after_test(self) -> None:
@@ -181,21 +236,11 @@ def end_launched(processes: list[subprocess.Popen], patience: float = 5.0) -> No
             process.wait()
 
 
-def _check_writable(folder: Path) -> None:
-    """Raise a `UserError` where the folder cannot be made or written to."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise UserError(f"cannot write the run to {folder}: {there} is not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write the run to {folder}: no permission to write in {there}")
-
-
 def _saving(callbacks: list[Callback]) -> list[Callback]:
     """What a run that can be resumed has beside the callbacks that are configured."""
     added: list[Callback] = []
-    if not any(isinstance(callback, Checkpoint) for callback in callbacks):
+    if not any(isinstance(callback, BatchCheckpoint) for callback in callbacks):
         added.append(BatchCheckpoint())
-    saves = any(isinstance(callback, BatchCheckpoint) for callback in (*callbacks, *added))
-    if saves and not any(isinstance(callback, Preemption) for callback in callbacks):
+    if not any(isinstance(callback, Preemption) for callback in callbacks):
         added.append(Preemption())
     return added

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -95,6 +95,15 @@ def mean_of_ranks(value: float) -> float:
     if not several():
         return value
     return (sum_of_ranks(torch.tensor([value], dtype=torch.float64)) / dist.get_world_size()).item()
+
+
+def objects_of_ranks(value: Any) -> list[Any]:
+    """What each rank has, in their order, on all; it is sent as a pickle."""
+    if not several():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _reduced(values: Tensor, how: str) -> Tensor:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning import Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger
 
 from elastic_lightning.errors import UserError
 
@@ -31,9 +32,16 @@ def last_checkpoint(folder: str | Path) -> Path:
 
 
 def differences(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Names of the settings that differ, with their values then and now. Of settings new to either, nothing is said."""
+    """Names of the settings that both have and that differ, with their values then and now."""
     before, now = flat(saved), flat(given)
     return {name: (before[name], now[name]) for name in sorted(before.keys() & now.keys()) if before[name] != now[name]}
+
+
+def changes(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """As `differences`, and names that only one of them has, with None for the other's value."""
+    before, now = flat(saved), flat(given)
+    either = sorted(before.keys() | now.keys())
+    return {name: (before.get(name), now.get(name)) for name in either if before.get(name) != now.get(name)}
 
 
 def check_same_run(checkpoint: dict[str, Any], config: dict[str, Any], path: Path, world_size: int) -> list[str]:
@@ -47,11 +55,11 @@ def check_same_run(checkpoint: dict[str, Any], config: dict[str, Any], path: Pat
     saved = checkpoint.get("config")
     if saved is None:
         return []  # of a run that the command line did not start
-    changed = differences(saved, config)
-    for name, (before, now) in list(changed.items()):
-        rows = name.endswith(("batch_size", "batch_tokens")) and None not in (before, now)
-        if rows and before * checkpoint["world_size"] == now * world_size:
-            del changed[name]
+    changed = changes(saved, config)
+    for name, (before, now) in _rows_of_a_batch(saved, config).items():
+        changed.pop(name, None)
+        if before * checkpoint["world_size"] != now * world_size:
+            changed[name] = _Rows(before, checkpoint["world_size"]), _Rows(now, world_size)
     decisive = {
         name: values
         for name, values in changed.items()
@@ -69,6 +77,33 @@ def check_same_run(checkpoint: dict[str, Any], config: dict[str, Any], path: Pat
         for name, (before, now) in changed.items()
         if not name.startswith("trainer.logger")
     ]
+
+
+def check_whole(checkpoint: dict[str, Any], path: Path) -> None:
+    """Refuse a checkpoint that holds weights alone.
+
+    Raises:
+        UserError: it has no optimizer state or no position in the data.
+    """
+    missing = [name for name in ("optimizer_states", "lr_schedulers", "loops") if name not in checkpoint]
+    if missing:
+        raise UserError(
+            f"cannot resume from {path}: it holds no {missing[0]} (by a ModelCheckpoint of weights only?); start "
+            "a new run from its weights"
+        )
+
+
+def check_loggers(loggers: list[Logger]) -> None:
+    """Refuse to resume with a logger that would lose what was logged.
+
+    Raises:
+        UserError: a CSVLogger's file is there, which Lightning begins anew.
+    """
+    for logger in loggers:
+        if isinstance(logger, CSVLogger) and (file := Path(logger.log_dir) / "metrics.csv").exists():
+            raise UserError(
+                f"a CSVLogger begins its file anew, and {file} would be lost: give it another version, or leave it out"
+            )
 
 
 def check_fixed_folder(logger: Any) -> None:
@@ -105,7 +140,11 @@ def flat(values: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(values, dict):
         named = values.items()
     elif isinstance(values, (list, tuple)) and any(isinstance(value, dict) for value in values):
-        named = [(_short_class(value) or str(index), value) for index, value in enumerate(values)]
+        kinds = [_short_class(value) for value in values]
+        named = [
+            (kind if kind and kinds.count(kind) == 1 else f"{kind}{index}", value)
+            for index, (kind, value) in enumerate(zip(kinds, values, strict=True))
+        ]
     else:
         return {prefix: list(values) if isinstance(values, tuple) else values}
     parts = (flat(value, f"{prefix}.{name}" if prefix else str(name)) for name, value in named)
@@ -125,6 +164,23 @@ def checkpoint_for(command: str, ckpt_path: str | None, trainer: Trainer) -> Pat
             raise UserError(f"{command} --ckpt_path last needs a run folder: give the trainer a logger")
         return last_checkpoint(trainer.log_dir)
     return Path(ckpt_path)
+
+
+def _rows_of_a_batch(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Rows or tokens of a training batch on one process, by the names of the data's settings, then and now."""
+    before, now = flat({"data": saved.get("data")}), flat({"data": given.get("data")})
+    names = [name for name in before.keys() & now.keys() if name.split(".")[-1] in ("batch_size", "batch_tokens")]
+    return {name: (before[name], now[name]) for name in names if None not in (before[name], now[name])}
+
+
+class _Rows(NamedTuple):
+    """Rows of a batch on each of so many processes."""
+
+    rows: int
+    processes: int
+
+    def __repr__(self) -> str:
+        return str(self.rows) if self.processes == 1 else f"{self.rows} on each of {self.processes} processes"
 
 
 def _short_class(value: Any) -> str:

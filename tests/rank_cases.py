@@ -23,7 +23,8 @@ from transformers import BertConfig, BertForSequenceClassification
 from elastic_lightning import ElasticReset
 from elastic_lightning.algorithms import PPOConfig, TranslationGame, TranslationModel
 from elastic_lightning.algorithms.execution import Execution
-from elastic_lightning.callbacks import SampleLogger, SavePretrained
+from elastic_lightning.callbacks import IteratedLearning, SampleLogger, SavePretrained
+from elastic_lightning.callbacks.weight_sets import WeightSets
 from elastic_lightning.data import ToyTranslationDataModule, ToyTranslationGameDataModule
 from elastic_lightning.data.module import TextDataModule
 from elastic_lightning.functional import distance
@@ -136,7 +137,7 @@ def run(module: Any, data: Any, setup: Setup, callbacks: list[Any], **options: A
         "gradients": gradients,
         "metrics": metrics,
         "average": {name: whole(tensor) for name, tensor in elastic.ema.items()},
-        "distance": distance(elastic.online, elastic.initial),
+        "distance": distance(elastic.online, elastic.initial) if elastic.initial else torch.zeros(()),
         "samples": [batch.rollout.tokens.masked_fill(~batch.rollout.mask, PAD) for batch in seen],
         "advantages": [batch.experience.advantages for batch in seen],
         "coefficient": torch.tensor(module.kl_controller.coefficient),
@@ -180,14 +181,14 @@ def written(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{file.name}:{name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def ppo(setup: Setup, eval_prompts: int = 6, **options: Any) -> dict[str, Any]:
+def ppo(setup: Setup, eval_prompts: int = 6, resets: WeightSets | None = None, **options: Any) -> dict[str, Any]:
     """PPO with everything that looks at more than one row, on prompts and responses of many lengths."""
     toy = Toy(setup.models / "policy")
     epochs = options.pop("max_epochs", 1)
     defaults = {"adam_eps": 1e-5, "max_grad_norm": 0.5, "whiten_rewards": True, "entropy_coefficient": 0.01}
     defaults |= {"kl_penalty": "adaptive", "kl_horizon": 100, "kl_target": 0.5, "reward": WordShare()}
     module: Recording = toy.ppo(**defaults | options)
-    callbacks = [ElasticReset(every=2, decay=0.9), SampleLogger(4), SavePretrained(folder=str(setup.root))]
+    callbacks = [resets or ElasticReset(every=2, decay=0.9), SampleLogger(4), SavePretrained(folder=str(setup.root))]
     return run(module, Lists(ROWS // setup.ranks, eval_prompts), setup, callbacks, max_epochs=epochs)
 
 
@@ -237,6 +238,7 @@ CASES: dict[str, Callable[[Setup], dict[str, Any]]] = {
     "micro_batches": lambda setup: ppo(setup, micro_batch_size=2, execution=Execution(trainable_layers=1)),
     "game": game,
     "supervised": supervised,
+    "iterated": lambda setup: ppo(setup, resets=IteratedLearning(2, steps=2)),
 }
 
 
@@ -260,17 +262,18 @@ def fsdp() -> dict[str, Any]:
 STRATEGIES = {"ddp": (ddp, {n: case for n, case in CASES.items() if n != "plain"}), "fsdp": (fsdp, SHARDED)}
 
 # A run of two epochs, cut in two: the second half may run on another number of processes than the first.
-HALVES = {"full": {}, "lora": {"lora": True}}
-RESUMED = {"ddp": ("full",), "fsdp": ("full", "lora")}
+HALVES = {"full": dict, "lora": lambda: {"lora": True}, "iterated": lambda: {"resets": IteratedLearning(2, steps=2)}}
+RESUMED = {"ddp": ("full", "iterated"), "fsdp": ("full", "lora")}
+SAME_RANKS = ("iterated",)  # what goes on with as many processes as it was saved with, and says so
 
 
 def first_half(name: str, setup: Setup) -> dict[str, Any]:
-    return ppo(setup, **HALVES[name])
+    return ppo(setup, **HALVES[name]())
 
 
 def both_halves(name: str, setup: Setup) -> dict[str, Any]:
     """The whole run; its second half where `setup` resumes the first."""
-    return ppo(setup, max_epochs=2, **HALVES[name])
+    return ppo(setup, max_epochs=2, **HALVES[name]())
 
 
 def main(folder: Path) -> None:
@@ -280,9 +283,10 @@ def main(folder: Path) -> None:
         for name, case in cases.items():
             results[f"{strategy}:{name}"] = case(Setup(folder / "models", folder / strategy / name, 2, options))
         for name in RESUMED[strategy]:
-            root = folder / strategy / f"half_{name}"
-            first_half(name, Setup(folder / "models", root, 2, options, save_to=folder / f"{strategy}_{name}.ckpt"))
-            resumed = Setup(folder / "models", folder / strategy / f"rest_{name}", 2, options, folder / f"{name}.ckpt")
+            root, saved = folder / strategy / f"half_{name}", folder / f"{strategy}_{name}.ckpt"
+            first_half(name, Setup(folder / "models", root, 2, options, save_to=saved))
+            begun = saved if name in SAME_RANKS else folder / f"{name}.ckpt"
+            resumed = Setup(folder / "models", folder / strategy / f"rest_{name}", 2, options, begun)
             results[f"{strategy}:resumed_{name}"] = both_halves(name, resumed)
     torch.save(results, folder / f"rank{rank}.pt")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from elastic_lightning.algorithms.hyperparameters import from_plain
+from elastic_lightning.algorithms.hyperparameters import check_task, from_plain
 from elastic_lightning.algorithms.supervised import AdamWConfig, SupervisedModule
 from elastic_lightning.errors import UserError
 from elastic_lightning.functional import token_logprobs
@@ -35,6 +35,7 @@ class LanguageModel(SupervisedModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        check_task(self.trainer, "language_model", "supervised")
         length = getattr(getattr(self.trainer, "datamodule", None), "block_size", None)
         context = context_length(self.model)
         if length is not None and context is not None and length > context:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from elastic_lightning.algorithms.execution import Execution
+from elastic_lightning.algorithms.hyperparameters import check_task
 from elastic_lightning.algorithms.memory import keep_memory_of_fit, weights_cast_once
 from elastic_lightning.algorithms.policy_metrics import PolicyMetrics
 from elastic_lightning.algorithms.policy_weights import PolicyWeights
@@ -42,7 +43,7 @@ from elastic_lightning.policies import (
 from elastic_lightning.policies.loading import disable_dropout
 from elastic_lightning.policies.portions import Portions
 from elastic_lightning.policies.reference import ReferenceKind
-from elastic_lightning.ranks import any_rank, rows_of_ranks
+from elastic_lightning.ranks import alike, any_rank, mean_of_ranks, rows_of_ranks
 from elastic_lightning.rewards import Reward, Scores, score
 
 VALIDATION_LOGITS = 2**24  # of policy and initial policy each that stand in memory at a time
@@ -66,6 +67,8 @@ class PolicyModule(PolicyWeights):
         metrics: further metrics on texts, see `PolicyMetrics`.
         seed: of sampling; the run's ``seed_everything`` by default.
     """
+
+    tasks: tuple[str, ...] = ("prompts",)  # of a data module that serves several
 
     def __init__(
         self,
@@ -154,7 +157,7 @@ class PolicyModule(PolicyWeights):
 
     def imitation_losses(self, batch: Any, targets: Responses) -> Iterator[Tensor]:
         """The loss of a student, nats per token: one optimizer step each."""
-        yield self.actor.lm.pair_nll(PairedTexts(self.prompts(batch), targets)) / targets.mask.sum()
+        yield self.actor.lm.pair_nll(PairedTexts(self.prompts(batch), targets)) / tokens_of_a_rank(targets)
 
     def trunk_hidden(self, prompts: Prompts, responses: Responses) -> Tensor | None:
         """What leaves the frozen layers [B, P+T-1, H], where `execution.trainable_layers` froze some."""
@@ -223,7 +226,7 @@ class PolicyModule(PolicyWeights):
             return None
         prompts = self.prompts(batch)
         rollout = self.sample(prompts, VALIDATION_STEP, self._first_row(prompts))
-        texts, scores = self._score_if_finite(batch, rollout.responses)
+        texts, scores = alike(lambda: self._score_if_finite(batch, rollout.responses))
         scored = scores.total if scores.valid is None else scores.total[scores.valid]
         self.policy_metrics.update_samples(rollout.responses, texts.complete, scored)
         self._measure_drift(prompts, rollout.responses)
@@ -232,7 +235,10 @@ class PolicyModule(PolicyWeights):
     def _score_if_finite(self, batch: Any, responses: Responses) -> tuple[Texts, Scores]:
         """`score`; between training batches a batch whose reward is not finite is left out of what is measured."""
         try:
-            return self.score(batch, responses)
+            texts, scores = self.score(batch, responses)
+            if self.trainer.sanity_checking and scores.valid is not None and not scores.valid.any():
+                raise NotFinite("reward", f"the reward raised on all {len(responses.tokens)} responses")
+            return texts, scores
         except NotFinite as fault:
             if self.trainer.state.fn != "fit" or self.trainer.sanity_checking:
                 raise  # before there is anything to lose
@@ -281,7 +287,7 @@ class PolicyModule(PolicyWeights):
         prompts = self.prompts(batch)
         with self.gathered():
             rollout = self.sample(prompts, VALIDATION_STEP, self._first_row(prompts))
-            texts, scores = self.score(batch, rollout.responses)
+            texts, scores = alike(lambda: self.score(batch, rollout.responses))
         return _as_dicts(texts, scores)
 
     def on_validation_epoch_start(self) -> None:
@@ -317,6 +323,7 @@ class PolicyModule(PolicyWeights):
 
     def setup(self, stage: str) -> None:
         check_strategy(self.trainer)
+        check_task(self.trainer, *self.tasks)
         keep_memory_of_fit(self.trainer, stage)
         moved = any(getattr(callback, "moves_reference", False) for callback in self.trainer.callbacks)
         if moved and self.initial is self.reference:  # once: a later fit or validate finds the reference moved
@@ -331,6 +338,12 @@ class PolicyModule(PolicyWeights):
     def check_context(self, prompt_tokens: int) -> None:
         """Raise a `UserError` when prompts and responses do not fit the model's positions."""
         self.actor.lm.check_context(prompt_tokens, self.sampling.max_new_tokens)
+
+
+def tokens_of_a_rank(targets: Responses) -> float:
+    """Valid tokens of B texts, a mean over ranks: with a loss that is divided by it, a token weighs the same on all,
+    where gradients are averaged over ranks."""
+    return mean_of_ranks(float(targets.mask.sum()))
 
 
 def _rows(rows: slice, prompts: Prompts, responses: Responses) -> tuple[Prompts, Responses]:

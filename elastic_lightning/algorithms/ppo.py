@@ -123,6 +123,8 @@ class PPO(PolicyModule):
             scored = ScoredBatch(prompts, rollout, scores, reference_logprobs, trunk, self.pairs(batch, texts))
             if several():
                 scored = scored.of_all_ranks()
+            if not scored.rollout.mask.any():
+                raise NotFinite("reward", f"it raised on all {len(scored.prompts.tokens)} responses")
         shaped = shape_scores(scored.scores.total, scored.rollout, self.config, self.tokenizer.eos_token_id)
         coefficient = self.kl_controller.coefficient
         experience = make_experience(scored.rollout, shaped, scored.reference_logprobs, coefficient, self.config)

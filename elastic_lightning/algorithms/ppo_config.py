@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from elastic_lightning.algorithms.hyperparameters import check_adam
 from elastic_lightning.algorithms.schedules import Schedule
 from elastic_lightning.errors import UserError
 from elastic_lightning.functional import AdaptiveKL, FixedKL
@@ -91,10 +93,11 @@ class PPOConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"ppo.{name} must be above 0 (or null), got {value}")
-        for name in ("clip", "learning_rate", "kl_target", "kl_horizon"):
+        for name in ("clip", "kl_target", "kl_horizon"):
             if not getattr(self, name) > 0:
                 raise UserError(f"ppo.{name} must be above 0, got {getattr(self, name)}")
-        if self.value_learning_rate is not None and not self.value_learning_rate > 0:
+        check_adam("ppo", self.learning_rate, self.adam_betas, self.weight_decay, self.adam_eps)
+        if self.value_learning_rate is not None and not 0 < self.value_learning_rate < math.inf:
             raise UserError(f"ppo.value_learning_rate must be above 0 (or null), got {self.value_learning_rate}")
         choices = {"kl_penalty": KLPenalty, "kl_estimator": KLEstimator, "schedule": Schedule}
         for name, choice in choices.items():  # the command line knows them; python does not

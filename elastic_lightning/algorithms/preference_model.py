@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from elastic_lightning.algorithms.hyperparameters import from_plain
-from elastic_lightning.algorithms.supervised import AdamWConfig, SupervisedModule
+from elastic_lightning.algorithms.hyperparameters import check_task, from_plain
+from elastic_lightning.algorithms.supervised import AdamWConfig, SupervisedModule, check_texts_fit
 from elastic_lightning.errors import UserError
 from elastic_lightning.functional import bradley_terry_loss, right_pairs
 from elastic_lightning.metrics import LengthBias, Moments, PairAccuracy, PairCalibration
@@ -52,6 +52,11 @@ class PreferenceModel(SupervisedModule):
         self.metrics = PreferenceMetrics()
         self.normalization: ScoreNormalization | None = None
         self.normalization_is_stale = False
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        check_task(self.trainer, "pairs")
+        check_texts_fit(self.trainer, self.model)
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         chosen, rejected = self.scores(batch)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
-from elastic_lightning.algorithms.hyperparameters import from_plain
-from elastic_lightning.algorithms.supervised import AdamWConfig, SupervisedModule
+from elastic_lightning.algorithms.hyperparameters import check_task, from_plain
+from elastic_lightning.algorithms.supervised import AdamWConfig, SupervisedModule, check_texts_fit
 from elastic_lightning.policies import ModelSource, load_tokenizer
 from elastic_lightning.policies.classifier import new_classifier
 
@@ -50,6 +50,11 @@ class RewardModel(SupervisedModule):
         self.model = new_classifier(classifier, self.tokenizer, **names).train()
         self.optimizer_config = optimizer
         self.accuracy = MulticlassAccuracy(len(labels), average="micro")
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        check_task(self.trainer, "reward_model")
+        check_texts_fit(self.trainer, self.model)
 
     def training_step(self, batch: LabelledTexts, batch_idx: int) -> Tensor:
         loss = torch.nn.functional.cross_entropy(self._logits(batch), batch.labels)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 
 from elastic_lightning.algorithms.faults import Faults
+from elastic_lightning.algorithms.hyperparameters import check_adam
 from elastic_lightning.algorithms.kept_weights import (
     check_fingerprints,
     check_weights,
@@ -26,6 +27,7 @@ from elastic_lightning.algorithms.kept_weights import (
 from elastic_lightning.algorithms.memory import keep_memory_of_fit
 from elastic_lightning.algorithms.schedules import Schedule, schedule_factor
 from elastic_lightning.errors import NotFinite, UserError
+from elastic_lightning.policies.language_model import context_length
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,7 @@ class AdamWConfig:
     max_skipped: int = 5
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise UserError(f"optimizer.learning_rate must be above 0, got {self.learning_rate}")
+        check_adam("optimizer", self.learning_rate, self.betas, self.weight_decay)
         if self.schedule not in get_args(Schedule):
             raise UserError(f"optimizer.schedule must be one of {get_args(Schedule)}, got {self.schedule!r}")
         if self.max_skipped < 0:
@@ -64,6 +65,13 @@ def can_fuse(trainer: Trainer, device: torch.device) -> bool:
     mixed = isinstance(trainer.precision_plugin, MixedPrecision)
     scaled = mixed and trainer.precision_plugin.scaler is not None
     return device.type in ("cpu", "cuda") and not scaled and not (mixed and trainer.gradient_clip_val)
+
+
+def check_texts_fit(trainer: Trainer, model: nn.Module) -> None:
+    """Raise a `UserError` where the data's longest text (its `max_tokens`) is longer than a model has positions for."""
+    longest, context = getattr(getattr(trainer, "datamodule", None), "max_tokens", None), context_length(model)
+    if longest is not None and context is not None and longest > context:
+        raise UserError(f"data's max_tokens {longest} is more than the model's {context} positions: lower it")
 
 
 class SupervisedModule(LightningModule):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from elastic_lightning.algorithms.execution import Execution
 from elastic_lightning.algorithms.game_metrics import GameMetrics
 from elastic_lightning.algorithms.hyperparameters import from_plain
 from elastic_lightning.algorithms.minibatch import MiniBatch
+from elastic_lightning.algorithms.policy_module import tokens_of_a_rank
 from elastic_lightning.algorithms.ppo import PPO
 from elastic_lightning.algorithms.ppo_config import PPOConfig
 from elastic_lightning.errors import UserError
@@ -49,6 +51,7 @@ class TranslationGame(PPO):
     """
 
     trained_modules = ("actor", "receiver")
+    tasks = ()
 
     def __init__(
         self,
@@ -82,7 +85,7 @@ class TranslationGame(PPO):
             metrics: further metrics on the sender's greedy messages, logged at validation.
             seed: of sampling; the run's seed_everything by default.
         """
-        if receiver_learning_rate is not None and not receiver_learning_rate > 0:
+        if receiver_learning_rate is not None and not 0 < receiver_learning_rate < math.inf:
             raise UserError(f"receiver_learning_rate must be above 0 (or null), got {receiver_learning_rate}")
         if supervised_weight < 0:
             raise UserError(f"supervised_weight must be 0 or more, got {supervised_weight}")
@@ -153,7 +156,7 @@ class TranslationGame(PPO):
         if self.receiver_learning_rate is not None:
             messages = self.sender.translate(self.prompts(batch), self.sampling.max_new_tokens)
             pairs = PairedTexts(self.receiver.read(messages), _pairs(batch).target)
-            yield self.receiver.nll(pairs) / pairs.target.mask.sum()
+            yield self.receiver.nll(pairs) / tokens_of_a_rank(pairs.target)
 
     @property
     def sender(self) -> Translator:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic_lightning.algorithms.hyperparameters import from_plain
+from elastic_lightning.algorithms.hyperparameters import check_task, from_plain
 from elastic_lightning.algorithms.supervised import AdamWConfig, SupervisedModule
 from elastic_lightning.errors import UserError
 from elastic_lightning.metrics import CorpusBLEU, TokenPerplexity
@@ -71,6 +71,7 @@ class TranslationModel(SupervisedModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        check_task(self.trainer)
         context, data = self.lm.longest_text, getattr(self.trainer, "datamodule", None)
         longest = {f"data's {name}": getattr(data, name, None) for name in ("max_prompt_tokens", "max_target_tokens")}
         for name, length in {**longest, "max_new_tokens": self.max_new_tokens}.items():

@@ -13,6 +13,7 @@ from torch import Tensor
 from elastic_lightning.callbacks.weight_sets import WeightSets
 from elastic_lightning.errors import UserError
 from elastic_lightning.functional import copy_
+from elastic_lightning.ranks import mean_of_ranks, objects_of_ranks
 
 
 class IteratedLearning(WeightSets):
@@ -61,7 +62,12 @@ class IteratedLearning(WeightSets):
         self.earlier = {name: tensor.detach().clone() for name, tensor in self.online.items()}
         if earlier is not None:
             copy_(self.earlier, earlier)
-            self._seen_before = seen
+            if len(seen) != trainer.world_size:
+                raise UserError(
+                    f"IteratedLearning goes on with as many processes as it was saved with: {len(seen)}, and not "
+                    f"{trainer.world_size}"
+                )
+            self._seen_before = seen[trainer.global_rank]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -100,7 +106,7 @@ class IteratedLearning(WeightSets):
                         if parameter.grad is not None:
                             parameter.grad = trainer.strategy.reduce(parameter.grad, reduce_op="mean")
                 optimizer.step()
-                values.append(loss.item())
+                values.append(mean_of_ranks(loss.item()))
         optimizer.zero_grad()
         return values
 
@@ -108,21 +114,24 @@ class IteratedLearning(WeightSets):
         state = super().state_dict()
         if self.earlier:
             state["earlier"] = {name: tensor.clone() for name, tensor in self.earlier.items()}
-            state["seen"] = self._seen_before or [_plain(batch) for batch in self.seen]
+            state["seen"] = objects_of_ranks(self._seen_before or [_plain(batch) for batch in self.seen])
         return state
 
 
 def _plain(batch: Any) -> Any:
-    """Named tuples as lists: a checkpoint loads with ``weights_only=True``."""
+    """Named tuples as lists: a checkpoint loads with ``weights_only=True``. On the CPU, as other ranks read it."""
     if isinstance(batch, dict):
         return {name: _plain(part) for name, part in batch.items()}
-    return [_plain(part) for part in batch] if isinstance(batch, tuple) else batch
+    if isinstance(batch, tuple | list):
+        return [_plain(part) for part in batch]
+    return batch.cpu() if isinstance(batch, Tensor) else batch
 
 
 def _shaped(plain: Any, like: Any) -> Any:
     """The inverse of `_plain`, in the types and on the devices of another batch."""
     if isinstance(like, dict):
         return {name: _shaped(plain[name], part) for name, part in like.items()}
-    if isinstance(like, tuple):
-        return type(like)(*(_shaped(a, b) for a, b in zip(plain, like, strict=True)))
-    return plain.to(like.device)
+    if isinstance(like, tuple | list):
+        parts = [_shaped(a, b) for a, b in zip(plain, like, strict=True)]
+        return type(like)(*parts) if hasattr(like, "_fields") else type(like)(parts)
+    return plain.to(like.device) if isinstance(plain, Tensor) else plain

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
@@ -12,6 +14,14 @@ class RunConfig(Callback):
 
     def __init__(self) -> None:
         self.config: dict[str, Any] = {}
+        self.resumed_from: Path | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the checkpoint that training goes on from the newest, which `last` means: what was written later is of a
+        continuation that is given up."""
+        own = self.resumed_from is not None and Path(trainer.log_dir or "") in self.resumed_from.parents
+        if own and trainer.is_global_zero and self.resumed_from.exists():
+            os.utime(self.resumed_from)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"], checkpoint["world_size"] = self.config, trainer.world_size

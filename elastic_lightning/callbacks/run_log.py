@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from lightning import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 
 LOGS = ("events.out.tfevents.*", "samples.jsonl")
 
@@ -20,7 +21,7 @@ def flush(trainer: Trainer) -> None:
 def mark(trainer: Trainer) -> dict[str, int]:
     """Bytes of each log in the run's folder, after what waits in memory was written."""
     flush(trainer)
-    return {path.name: path.stat().st_size for path in _logs(trainer)}
+    return {name: path.stat().st_size for name, path in _logs(trainer).items()}
 
 
 def rewind(trainer: Trainer, marks: dict[str, int]) -> None:
@@ -28,7 +29,7 @@ def rewind(trainer: Trainer, marks: dict[str, int]) -> None:
 
     A folder that does not hold the marked files is another run's, and stays as it is.
     """
-    logs = {path.name: path for path in _logs(trainer)}
+    logs = _logs(trainer)
     if not all(name in logs and logs[name].stat().st_size >= size for name, size in marks.items()) or not marks:
         return
     for logger in trainer.loggers:
@@ -41,8 +42,14 @@ def rewind(trainer: Trainer, marks: dict[str, int]) -> None:
             path.unlink()
 
 
-def _logs(trainer: Trainer) -> list[Path]:
+def _logs(trainer: Trainer) -> dict[str, Path]:
+    """The logs by name, in the run's folder and in those of further loggers."""
     folder = trainer.log_dir  # asked on every rank, for the first one tells the others
     if not trainer.is_global_zero or not folder:
-        return []
-    return [path for pattern in LOGS for path in Path(folder).glob(pattern)]
+        return {}
+    others = [logger.log_dir for logger in trainer.loggers[1:] if isinstance(logger, TensorBoardLogger)]
+    logs = {}
+    for number, place in enumerate(dict.fromkeys([folder, *others])):
+        paths = [path for pattern in LOGS for path in Path(place).glob(pattern)]
+        logs |= {f"{number}:{path.name}" if number else path.name: path for path in paths}
+    return logs

@@ -6,16 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
+
+from elastic_lightning.ranks import alike, objects_of_ranks
 
 
 class SampleLogger(Callback):
     """At each validation, writes the responses to the first prompts: always the same ones, drawn with the same luck.
 
     Into TensorBoard as a table under "samples", and into ``<run folder>/samples.jsonl`` with ppo_step, prompt,
-    response, reward and complete (whether the response ended by itself).
+    response, reward and complete (whether the response ended by itself); outside of a fit ``samples_validate.jsonl``.
 
     Args:
         samples: how many prompts.
@@ -35,15 +36,19 @@ class SampleLogger(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if isinstance(outputs, list) and len(self._rows) < self.samples:
-            self._rows += _of_all_ranks(outputs)[: self.samples - len(self._rows)]
+            rows = [row for of_rank in objects_of_ranks(outputs) for row in of_rank]
+            self._rows += rows[: self.samples - len(self._rows)]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rows, self._rows = self._rows, []
         folder = trainer.log_dir  # asked for on every rank: the first one tells the others
-        if not rows or not trainer.is_global_zero or not folder or trainer.fast_dev_run:
+        name = "samples.jsonl" if trainer.state.fn == "fit" else f"samples_{trainer.state.fn.value}.jsonl"
+        if rows and folder and not trainer.fast_dev_run:
+            alike(lambda: self._write(trainer, Path(folder) / name, rows, pl_module.ppo_step))
+
+    def _write(self, trainer: Trainer, path: Path, rows: list[dict[str, Any]], step: int) -> None:
+        if not trainer.is_global_zero:
             return
-        step = pl_module.ppo_step
-        path = Path(folder) / "samples.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({"ppo_step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
@@ -83,15 +88,6 @@ class ResponseWriter(BasePredictionWriter):
         if not self._started:
             trainer.print(f"writing responses to {path}")
         self._started = True
-
-
-def _of_all_ranks(rows: list[Any]) -> list[Any]:
-    """The rows of all ranks in their order, on each."""
-    if not dist.is_available() or not dist.is_initialized():
-        return rows
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, rows)
-    return [row for part in parts for row in part]
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:

@@ -13,11 +13,13 @@ from typing import Any, Literal
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer import call
 
 from elastic_lightning.callbacks.durable import DurableCheckpointIO, sync_folder
 from elastic_lightning.callbacks.position import Position
 from elastic_lightning.callbacks.run_log import flush, mark, rewind
 from elastic_lightning.errors import UserError
+from elastic_lightning.functional import first_not_finite
 from elastic_lightning.policies.saving import check_mergeable
 from elastic_lightning.ranks import alike
 
@@ -43,10 +45,25 @@ class SavePretrained(Callback):
     ) -> None:
         self.monitor, self.mode, self.adapter, self.folder = monitor, mode, adapter, folder
         self.best: float | None = None
+        self._resumed = False
+
+    @property
+    def state_key(self) -> str:
+        """Where a checkpoint keeps the state: several write to folders of their own."""
+        return super().state_key if self.folder is None else self._generate_state_key(folder=self.folder)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and self.adapter == "merged":
             check_mergeable(pl_module)  # now, not after hours of training
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        taken = (
+            [] if self.folder is None else [name for name in ("final", "best") if (Path(self.folder) / name).exists()]
+        )
+        if taken and not self._resumed and trainer.is_global_zero and not trainer.fast_dev_run:
+            raise UserError(
+                f"SavePretrained would replace {self.folder}/{taken[0]}: remove it, or give another `folder`"
+            )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit":
@@ -54,7 +71,8 @@ class SavePretrained(Callback):
         if self.monitor not in trainer.callback_metrics:
             known = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
             raise UserError(f"SavePretrained: nothing logs {self.monitor!r}; validation logs {known}")
-        value = float(trainer.callback_metrics[self.monitor])
+        # The first rank's: they need not agree on what is logged without `sync_dist`.
+        value = trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor]))
         better = self.best is None or (value > self.best if self.mode == "max" else value < self.best)
         if better and not math.isnan(value):  # nothing is better than NaN: it would stay the best
             self.best = value
@@ -71,7 +89,7 @@ class SavePretrained(Callback):
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
+        self.best, self._resumed = state_dict["best"], True
 
     def _save(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
         folder = self.folder or trainer.log_dir
@@ -82,6 +100,7 @@ class SavePretrained(Callback):
         alike(lambda: self._write(trainer, pl_module, Path(folder) / name))
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, target: Path) -> None:
+        check_finite_weights(pl_module)
         first, fresh = trainer.is_global_zero, target.with_name(f"{target.name}.writing")
         if first:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -128,6 +147,14 @@ class BatchCheckpoint(Checkpoint):
             self._resumed.enter(trainer)
             self._resumed = None
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go through the end of training where the resumed run was over, by `max_steps` or because it was to stop:
+        Lightning does not, and what was on its way when the run died, such as ``final``, would never be written."""
+        if self._resumed is not None:
+            self._resumed = None
+            call._call_callback_hooks(trainer, "on_train_start")
+            call._call_callback_hooks(trainer, "on_train_end")
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -150,12 +177,14 @@ class BatchCheckpoint(Checkpoint):
         checkpoint["run_log"] = mark(trainer)
         if self._saving:  # others save where they like, within a batch too
             checkpoint["position"] = Position.of(trainer)._asdict()
+            checkpoint["should_stop"] = trainer.should_stop  # as an EarlyStopping has said
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != "fit":
             return
         trainer.num_sanity_val_steps = 0  # the start was validated when the run began
         rewind(trainer, checkpoint.get("run_log", {}))
+        trainer.should_stop = checkpoint.get("should_stop", False)
         if "position" in checkpoint:
             self._resumed = Position(**checkpoint["position"])
             self._resumed.restore(checkpoint["loops"]["fit_loop"], trainer.max_epochs)
@@ -173,7 +202,7 @@ class BatchCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
         target = folder / f"batch_{self.batches:06d}.ckpt"
-        alike(lambda: self._prepare(trainer, target))
+        alike(lambda: self._prepare(trainer, trainer.lightning_module, target))
         self._saving = True
         try:
             error = _write_whole(trainer, target.with_suffix(".writing"))
@@ -182,10 +211,11 @@ class BatchCheckpoint(Checkpoint):
             self._saving = False
         self.saved, self.last = self.batches, target
 
-    def _prepare(self, trainer: Trainer, target: Path) -> None:
+    def _prepare(self, trainer: Trainer, pl_module: LightningModule, target: Path) -> None:
         """What may fail on the first rank alone before all of them bring their weights together."""
         if self.last is not None and trainer.is_global_zero and not target.parent.is_dir():
             raise UserError(f"the run's folder is gone: {target.parent} (the last checkpoint was {self.last.name})")
+        check_finite_weights(pl_module)
         with self._saying_what_is_kept(target):
             flush(trainer)
 
@@ -215,6 +245,16 @@ class BatchCheckpoint(Checkpoint):
                 shutil.rmtree(old)
             else:
                 old.unlink()
+
+
+def check_finite_weights(pl_module: LightningModule) -> None:
+    """Raise a `UserError` where trained weights hold NaN or infinity, before they take the place of good ones."""
+    name = first_not_finite({name: p for name, p in pl_module.named_parameters() if p.requires_grad})
+    if name is not None:
+        raise UserError(
+            f"the weights {name} are not finite, and are not saved; what was saved before stays: go on from the last "
+            "checkpoint with a lower learning rate"
+        )
 
 
 def _write_whole(trainer: Trainer, path: Path) -> OSError | None:

@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from elastic_lightning.callbacks.offload import OffloadedAverage
 from elastic_lightning.callbacks.stopwatch import Stopwatch
 from elastic_lightning.errors import UserError
-from elastic_lightning.functional import copy_, distance, float32_copy, lerp_
+from elastic_lightning.functional import copy_, distance, first_not_finite, float32_copy, lerp_
+from elastic_lightning.ranks import alike
 
 UpdateOn = Literal["optimizer_step", "batch"]
 FLAT_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy")
@@ -235,6 +236,7 @@ class WeightSets(Callback):
 
     def _reset(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.settle()
+        alike(self._check_average)
         self.before_reset(trainer, pl_module)
         _tell(trainer, pl_module, "on_before_reset")
         before = self._distance()
@@ -249,6 +251,14 @@ class WeightSets(Callback):
         self._log(trainer, pl_module, {f"{self._tag}/{name}": value for name, value in telemetry.items()})
         self.after_reset(trainer, pl_module)
         _tell(trainer, pl_module, "on_after_reset")
+
+    def _check_average(self) -> None:
+        name = first_not_finite(self.ema)
+        if name is not None:
+            raise UserError(
+                f"{type(self).__name__}: the average of {name} is not finite after batch {self.batches}, no weights to "
+                "reset to: lower the learning rate, and go on from the last checkpoint"
+            )
 
     @property
     def _tag(self) -> str:

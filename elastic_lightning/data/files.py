@@ -153,6 +153,19 @@ def column(data: Dataset, name: str, option: str) -> list:
         raise UserError(f"the column {name!r} holds text that is not UTF-8: convert the file") from error
 
 
+def text_column(data: Dataset, name: str, option: str) -> list[str | None]:
+    """`column`, of texts.
+
+    Raises:
+        UserError: see `column`; or it holds something else.
+    """
+    values = column(data, name, option)
+    other = next((value for value in values if not isinstance(value, str | None)), None)
+    if other is not None:
+        raise UserError(f"the column {name!r} holds {str(other)[:50]!r}, which is no text; set {option}")
+    return values
+
+
 def _read_saved(folder: Path) -> dict[str, Dataset]:
     import datasets
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -24,6 +24,11 @@ class ResumableLoader(DataLoader):
     def __init__(self, position: Callable[[], Position], *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.position = position
+
+    def __iter__(self) -> Iterator[Any]:
+        """Nothing is fetched before the first batch is asked for: workers would fetch at once, and Lightning makes the
+        iterator before it sets the epoch."""
+        yield from super().__iter__()
 
     def state_dict(self) -> dict[str, int]:
         """Called by Lightning when it saves."""

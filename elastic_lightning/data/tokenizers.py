@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from elastic_lightning.errors import UserError
+from elastic_lightning.outputs import check_writable
 
 PAD, EOS = "<pad>", "<eos>"
 
@@ -41,8 +42,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--vocabulary", type=int, default=8192, help="number of tokens")
     parser.add_argument("--output", type=str, required=True, help="folder to write")
     arguments = parser.parse_args(argv)
-    if Path(arguments.output).is_file():
-        raise UserError(f"--output is a folder to write, and {arguments.output} is a file")
+    output = Path(arguments.output)
+    check_writable(output, "the tokenizer")
+    if (output / "config.json").exists():
+        raise UserError(f"{output} holds a model, whose tokenizer would be written over: choose another --output")
     tokenizer = parser.instantiate_classes(arguments).data.train_tokenizer(arguments.vocabulary)
     tokenizer.save_pretrained(arguments.output)
     print(f"tokenizer of {len(tokenizer)} tokens in {arguments.output}")

@@ -31,6 +31,7 @@ from elastic_lightning.evaluation.humaneval import (
 )
 from elastic_lightning.evaluation.perplexity import Document, check_windows, sliding_perplexity, tokens_to_score
 from elastic_lightning.evaluation.tax import FILE, describe
+from elastic_lightning.outputs import check_writable
 from elastic_lightning.policies import ActorCritic, CausalLM, Sampling
 from elastic_lightning.rewards import Reward, score
 
@@ -62,6 +63,7 @@ class TextOptions:
 
     def __post_init__(self) -> None:
         check_windows(self.length, self.stride)
+        _check_batch_size("texts", self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,9 @@ class QuestionOptions:
     sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=128))
     seed: int = 1
     batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        _check_batch_size("questions", self.batch_size)
 
 
 def evaluate(
@@ -118,6 +123,7 @@ def evaluate(
         UserError: an option or a file is wrong (before anything is measured), or a part failed.
     """
     folder = _folder(model, output)
+    check_writable(folder, FILE)
     if not any((texts, humaneval, questions)):
         raise UserError("evaluate: nothing to measure: give texts.path, humaneval.path or questions.path")
     if (questions is None) != (reward is None):
@@ -267,6 +273,11 @@ def make_parser():
     return parser
 
 
+def _check_batch_size(part: str, size: int) -> None:
+    if size < 1:
+        raise UserError(f"{part}.batch_size must be 1 or more, got {size}")
+
+
 def _folder(model: str, output: str | Path | None) -> Path:
     if output is not None:
         return Path(output)
@@ -282,7 +293,7 @@ def _earlier(folder: Path, model: str) -> dict[str, Any]:
         results = json.loads((folder / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {"model": model}
-    return results if results.get("model") == model else {"model": model}
+    return results if isinstance(results, dict) and results.get("model") == model else {"model": model}
 
 
 def _fitting(

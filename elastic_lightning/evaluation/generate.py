@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from elastic_lightning.data.parallel import read_lines
 from elastic_lightning.errors import UserError
+from elastic_lightning.evaluation.arguments import Parser
+from elastic_lightning.outputs import check_writable
 from elastic_lightning.policies import (
     ActorCritic,
     LoRA,
@@ -95,10 +97,14 @@ def load(path: str) -> tuple[ActorCritic, PreTrainedTokenizerBase]:
         return ActorCritic(as_policy(loaded.model)).eval(), loaded.tokenizer
     checkpoint = read_checkpoint(path)
     settings = checkpoint.get("hyper_parameters", {})
-    if "policy" not in settings:
+    if not isinstance(settings.get("policy"), dict):
         raise UserError(f"{path} is not a checkpoint of a policy trained here: its hyper-parameters name no policy")
     fields = dict(settings["policy"])
-    loaded = load_source(ModelSource(**{**fields, "lora": LoRA(**fields["lora"]) if fields.get("lora") else None}))
+    try:
+        source = ModelSource(**{**fields, "lora": LoRA(**fields["lora"]) if fields.get("lora") else None})
+    except TypeError as error:
+        raise UserError(f"{path} is not a checkpoint of a policy trained here: {error}") from error
+    loaded = load_source(source)
     policy = ActorCritic(as_policy(loaded.model), settings.get("separate_value_trunk", False)).eval()
     _load_trained(policy, checkpoint["state_dict"], path)
     return policy, loaded.tokenizer
@@ -121,8 +127,14 @@ def _check(arguments: argparse.Namespace) -> None:
     for name in ("samples", "batch_size"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} must be 1 or more, got {getattr(arguments, name)}")
-    if arguments.output and (Path(arguments.output).is_dir() or not Path(arguments.output).absolute().parent.is_dir()):
-        raise UserError(f"--output is a file to write in a folder that is there, and {arguments.output} is not")
+    if not arguments.output:
+        return
+    output = Path(arguments.output)
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise UserError(f"--output is a file to write in a folder that is there, and {output} is not")
+    check_writable(output.absolute().parent, "responses")
+    if arguments.prompts_file and output.exists() and output.samefile(arguments.prompts_file):
+        raise UserError(f"--output would be written over the prompts in {output}: give another file")
 
 
 def _place(policy: ActorCritic, device: str) -> None:
@@ -141,11 +153,8 @@ def _encode(policy: ActorCritic, tokenizer: PreTrainedTokenizerBase, texts: list
     return Prompts(tokens.to(device), mask.to(device))
 
 
-def _parser() -> argparse.ArgumentParser:
-    defaults = Sampling()
-    parser = argparse.ArgumentParser(
-        prog="elastic-lightning generate", description="Sample from a policy.", allow_abbrev=False
-    )
+def _parser() -> Parser:
+    defaults, parser = Sampling(), Parser("generate", "Sample from a policy.")
     parser.add_argument("--model", required=True, help="save_pretrained folder, hub id, or .ckpt file of a PPO run")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
     parser.add_argument("--prompts_file", help="a text file with one prompt a line")

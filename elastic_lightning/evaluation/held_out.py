@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from elastic_lightning.data.dialogue import QuestionAnswer
-from elastic_lightning.data.files import column, read_splits, read_tables, table_files
+from elastic_lightning.data.files import read_splits, read_tables, table_files, text_column
 from elastic_lightning.data.question_sources import HUB_EVALUATION
 from elastic_lightning.data.questions import Shares, evaluation_half, key_of
 from elastic_lightning.errors import UserError
@@ -49,7 +49,7 @@ def read_documents(
         return [Document(encode(tokenizer, _read_text(path)))]
     table = _table(path, shares)
     if name in table.column_names:
-        texts = column(table.select(range(min(limit or len(table), len(table)))), name, "texts.column")
+        texts = text_column(table.select(range(min(limit or len(table), len(table)))), name, "texts.column")
         return [Document(encode(tokenizer, text)) for text in texts if text]
     answers = next((known for known in ANSWERS if known in table.column_names), None)
     if "question" not in table.column_names or answers is None:
@@ -58,7 +58,8 @@ def read_documents(
             "set texts.column"
         )
     answered: dict[str, tuple[str, str]] = {}  # rows of pairs hold a question once for each of its pairs
-    for question, answer in zip(table["question"], map(_best, table[answers]), strict=True):
+    questions = text_column(table, "question", "texts.column")
+    for question, answer in zip(questions, map(_best, table[answers]), strict=True):
         if question and answer:
             answered.setdefault(key_of(question), (question, answer))
     return [_answered(tokenizer, *pair) for pair in [*answered.values()][:limit]]
@@ -79,7 +80,7 @@ def read_prompts(
     if template.count("{}") != 1:
         raise UserError(f"questions.template must hold {{}} once, for the text of the column, got {template!r}")
     first: dict[str, str] = {}
-    for text in column(_table(path, shares), name, "questions.column"):
+    for text in text_column(_table(path, shares), name, "questions.column"):
         if text:
             first.setdefault(key_of(text), text)
     texts = [*first.values()][:limit]
@@ -96,7 +97,7 @@ def _table(path: str | Path, shares: Shares | None) -> Dataset:
         return _all_tables(place / HUB_EVALUATION)
     table = _all_tables(place) if shares is not None else _test_tables(place)
     if shares is not None:
-        questions = column(table, "question", "shares: null")
+        questions = text_column(table, "question", "shares: null")
         rows = [row for row in range(len(table)) if shares.part_of(questions[row]) == "evaluation"]
         rows = [row for row in rows if evaluation_half(questions[row]) == "test"]
         if not rows:
@@ -142,7 +143,7 @@ def _answered(tokenizer: PreTrainedTokenizerBase, question: str, answer: str) ->
 
 def _best(answers: Any) -> str | None:
     given = [answers] if isinstance(answers, str) else answers or []
-    return next((answer for answer in given if answer and answer.strip()), None)
+    return next((answer for answer in given if isinstance(answer, str) and answer.strip()), None)
 
 
 def _is_plain_text(path: str | Path) -> bool:

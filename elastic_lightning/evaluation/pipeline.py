@@ -4,7 +4,6 @@ Each run is a process of its own with its log in `<output>/<stage>/seed_<N>/log.
 are in `stages.py`, what is shown meanwhile in `progress.py`.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -23,9 +22,11 @@ from rich.console import Console
 
 from elastic_lightning.errors import UserError
 from elastic_lightning.evaluation import report
+from elastic_lightning.evaluation.arguments import Parser
 from elastic_lightning.evaluation.progress import LOG, Job, display, duration, tail
 from elastic_lightning.evaluation.runs import DRIFT, REWARD, collect
 from elastic_lightning.evaluation.stages import Pipeline, Run, nearest, read_pipeline
+from elastic_lightning.outputs import check_writable
 
 PROGRAM = (sys.executable, "-m", "elastic_lightning.cli")
 MARKER = ".pipeline"  # lies in every folder that a pipeline made and may empty, and says what was to be made there
@@ -345,7 +346,7 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: anything is wrong with the file or the arguments; nothing has run then.
     """
-    parser = argparse.ArgumentParser(prog="elastic-lightning pipeline", description=__doc__, allow_abbrev=False)
+    parser = Parser("pipeline", __doc__)
     parser.add_argument("file", type=Path, metavar="FILE", help="the pipeline, a YAML file")
     parser.add_argument("--data", type=Path, metavar="DIR", help="the folder that {data} stands for in the file")
     parser.add_argument("--model", metavar="DIR", help="the folder or hub id that {model} stands for in the file")
@@ -355,4 +356,5 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--force", action="store_true", help="run stages although they are up to date")
     given = parser.parse_args(argv)
     pipeline = read_pipeline(given.file, given.data, given.output, given.jobs, given.model)
+    check_writable(pipeline.output, "the runs")
     return run(pipeline, only=given.only, force=given.force)

@@ -4,13 +4,13 @@ A run is a folder with TensorBoard event files; its scalars lie on the `ppo_step
 alone (`<method>/seed_<N>`) are one method: its mean path is the mean over seeds at the steps every seed has.
 """
 
-import argparse
 import csv
 import math
 from collections.abc import Iterable
 from pathlib import Path
 
 from elastic_lightning.errors import UserError
+from elastic_lightning.evaluation.arguments import Parser
 from elastic_lightning.evaluation.comparison import (
     STANDARD,
     Estimate,
@@ -24,6 +24,7 @@ from elastic_lightning.evaluation.frontier import draw
 from elastic_lightning.evaluation.runs import DRIFT, REWARD, Run, collect, common_parent
 from elastic_lightning.evaluation.tax import find, tax_rows, tax_table
 from elastic_lightning.evaluation.tested import find_tests, rows_for_csv, tables
+from elastic_lightning.outputs import check_writable
 
 
 def write_rows(path: Path, header: list[str], rows: list[list]) -> None:
@@ -155,7 +156,7 @@ def main(argv: list[str]) -> int:
     """
     from rich.console import Console
 
-    parser = argparse.ArgumentParser(prog="elastic-lightning report", description=__doc__, allow_abbrev=False)
+    parser = Parser("report", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or one above several")
     parser.add_argument("--output", type=Path, help="default: 'report' beside the runs")
     parser.add_argument("--reward", default=REWARD, metavar="TAG", help="TensorBoard tag of the reward (%(default)s)")
@@ -166,8 +167,8 @@ def main(argv: list[str]) -> int:
         help="TensorBoard tag of the drift (%(default)s); lost:TAG is what is lost of a score",
     )
     given = parser.parse_args(argv)
-    if given.output is not None and given.output.exists() and not given.output.is_dir():
-        raise UserError(f"report: --output is a folder to write, and {given.output} is a file")
+    if given.output is not None:
+        check_writable(given.output, "the report")
     runs, left_out = collect(given.runs, given.reward, given.drift)
     if not runs:
         where = ", ".join(map(str, given.runs))

@@ -77,6 +77,8 @@ def find(
     paths = dict.fromkeys(path for folder in folders for path in sorted(Path(folder).resolve().rglob(file)))
     found: dict[tuple[str, int, Path], Evaluated] = {}
     for one in (_read(path, numbers) for path in paths):
+        if one is None:
+            continue  # of the same name, and not an evaluation of ours
         same = found.get(one[:3], one)  # a model may be measured part by part
         found[one[:3]] = one._replace(numbers=same.numbers | one.numbers)
     return tell_apart(list(found.values()))
@@ -125,11 +127,15 @@ def rows_of(evaluated: list[Evaluated], names: list[str]) -> tuple[list[str], li
     return ["method", "seed", *names], rows
 
 
-def _read(path: Path, numbers_in: Callable[[dict], dict[str, float]]) -> Evaluated:
+def _read(path: Path, numbers_in: Callable[[dict], dict[str, float]]) -> Evaluated | None:
     try:
-        numbers = numbers_in(json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        found = numbers_in(values) if isinstance(values, dict) else {}
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"cannot read the evaluation {path}: {error}") from error
+    numbers = {name: value for name, value in found.items() if isinstance(value, int | float)}
+    if not numbers:
+        return None
     folder, of_best = path.parent, path.parent.name == "best"
     if folder.name in MODELS:
         folder = folder.parent

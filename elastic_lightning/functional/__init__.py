@@ -26,7 +26,7 @@ from elastic_lightning.functional.preference import (
     right_pairs,
     wilson_interval,
 )
-from elastic_lightning.functional.weights import copy_, distance, float32_copy, lerp_, slerp
+from elastic_lightning.functional.weights import copy_, distance, first_not_finite, float32_copy, lerp_, slerp
 
 __all__ = [
     "AdaptiveKL",
@@ -45,6 +45,7 @@ __all__ = [
     "entropy",
     "exact_kl",
     "expected_calibration_error",
+    "first_not_finite",
     "float32_copy",
     "gae",
     "jensen_shannon",

@@ -66,6 +66,18 @@ def distance(a: Weights, b: Weights) -> Tensor:
 
 
 @torch.no_grad()
+def first_not_finite(weights: Weights) -> str | None:
+    """The name of a tensor that holds NaN or infinity, None where none does. Of a sharded one it is this process's part
+    that is looked at. One wait for the device."""
+    held = {name: tensor for name, tensor in _local(weights).items() if tensor.numel()}
+    if not held:
+        return None
+    largest = torch._foreach_norm(list(held.values()), float("inf"))
+    finite = torch.stack([norm.float().to(largest[0].device) for norm in largest]).isfinite().tolist()
+    return next((name for name, good in zip(held, finite, strict=True) if not good), None)
+
+
+@torch.no_grad()
 def slerp(start: Weights, a: Weights, b: Weights, t: float) -> Weights:
     """Spherical interpolation of the task vectors a - start and b - start, tensor by tensor.
 

@@ -230,6 +230,8 @@ class PolicyLM(nn.Module, ABC):
             hidden, logits = self._two_tokens()
         finally:
             hook.remove()
+        if not hidden.isfinite().all():
+            raise UserError(f"{name} computes numbers that are not finite: its weights hold NaN or infinity")
         scales = [scale for scale in (1.0, hidden.shape[-1] ** -0.5) if _close(hidden * scale, read[-1])]
         expected = returned[-1] if self._final_bias is None else returned[-1] + self._final_bias
         if not scales or not (logits == expected).all():

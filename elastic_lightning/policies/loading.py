@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import os
+import pickle
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub import constants
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActivation
@@ -21,12 +23,12 @@ from elastic_lightning.errors import UserError
 from elastic_lightning.policies.auto import AutoLanguageModel
 from elastic_lightning.policies.causal import CausalLM
 from elastic_lightning.policies.language_model import PolicyLM
+from elastic_lightning.policies.portions import out_of_memory
 from elastic_lightning.policies.quantization import Quantization, check_quantization, quantization_config
 from elastic_lightning.policies.seq2seq import Seq2SeqLM
 
 PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]")  # where the tokenizer has none of its own: the first it knows, or adds
 Dtype = Literal["float32", "bfloat16", "float16"]
-UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)  # missing, of another kind, or damaged
 
 
 @dataclass(frozen=True)
@@ -180,10 +182,8 @@ def load_tokenizer(path: str, gguf_file: str | None = None, trust_remote_code: b
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     if not Path(path).exists() and hub_offline():
         extra["local_files_only"] = True
-    try:
+    with readable("tokenizer", path):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **extra)
-    except UNREADABLE as error:
-        raise UserError(_not_found("tokenizer", path, error)) from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of no file at all
         raise UserError(f"cannot load the tokenizer from {path}: it holds no vocabulary (no tokenizer.json there?)")
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
@@ -221,7 +221,7 @@ def from_path(auto_class: type, source: ModelSource, new_head: bool = False, **o
             options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
     if not Path(source.path).exists() and hub_offline():
         options["local_files_only"] = True
-    try:
+    with readable("model", source.path):
         model, report = auto_class.from_pretrained(
             source.path,
             output_loading_info=True,
@@ -230,8 +230,6 @@ def from_path(auto_class: type, source: ModelSource, new_head: bool = False, **o
             trust_remote_code=source.trust_remote_code,
             **options,
         )
-    except UNREADABLE as error:
-        raise UserError(_not_found("model", source.path, error)) from error
     missing = sorted(report["missing_keys"])
     if missing and not new_head:
         kind = type(model).__name__
@@ -264,7 +262,9 @@ def from_architecture(
         config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **special, **options, **fields})
         how = {"dtype": getattr(torch, source.dtype), "attn_implementation": source.attention}
         return fuse_gelu(auto_class.from_config(config, **how))
-    except (ValueError, TypeError, KeyError, ImportError) as error:
+    except Exception as error:  # see `readable`
+        if out_of_memory(error):
+            raise
         raise UserError(f"cannot build the architecture {model_type!r}: {_first_line(error)}") from error
 
 
@@ -341,7 +341,7 @@ def load_adapter(
     model = from_path(auto_class, ModelSource(base, **fields), **options)
     try:
         return PeftModel.from_pretrained(model, source.path, is_trainable=True)
-    except UNREADABLE as error:
+    except Exception as error:  # see `readable`
         raise UserError(
             f"the adapter in {source.path} does not fit its base model {base}: {_first_line(error)}"
         ) from error
@@ -355,10 +355,23 @@ def adapter_base(path: str) -> str:
     """
     from peft import PeftConfig
 
-    base = PeftConfig.from_pretrained(path).base_model_name_or_path
+    with readable("adapter", path):
+        base = PeftConfig.from_pretrained(path).base_model_name_or_path
     if not base:
         raise UserError(f"{path}/adapter_config.json does not name its base model (base_model_name_or_path)")
     return base
+
+
+@contextmanager
+def readable(what: str, path: str) -> Iterator[None]:
+    """Within this context whatever is raised is a `UserError` that names a folder or hub id: where files are missing,
+    damaged or of another kind, libraries raise exceptions of any kind."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or out_of_memory(error):
+            raise
+        raise UserError(_not_found(what, path, error)) from error
 
 
 def _not_found(what: str, path: str, error: Exception) -> str:
@@ -375,4 +388,7 @@ def _not_found(what: str, path: str, error: Exception) -> str:
 def _first_line(error: Exception) -> str:
     if "ignore_mismatched_sizes" in str(error):  # it points to a report in the log
         return "its weights have other shapes than its config.json says"
-    return str(error).strip().split("\n")[0][:200]
+    if isinstance(error, pickle.UnpicklingError):  # whose message advises to load it anyway
+        return "its weights are a pickle of more than tensors, which is never loaded, as it can run any code"
+    line = str(error).strip().split("\n")[0][:200]
+    return line if isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: {line}"

@@ -13,7 +13,14 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies.classifier import adapter_labels, is_adapter
-from elastic_lightning.policies.loading import Dtype, ModelSource, adapter_base, load_adapter, load_tokenizer
+from elastic_lightning.policies.loading import (
+    Dtype,
+    ModelSource,
+    adapter_base,
+    hub_offline,
+    load_adapter,
+    load_tokenizer,
+)
 from elastic_lightning.policies.saving import save_model
 
 CARD = "README.md"  # peft's model card names the base model
@@ -63,9 +70,10 @@ def merge_adapter(
 
 def stored_dtype(path: str) -> Dtype:
     """The type of a model's weights where it lies, float32 where its config does not say."""
+    local = not Path(path).exists() and hub_offline()
     try:
-        dtype = AutoConfig.from_pretrained(path).dtype
-    except (OSError, ValueError):
+        dtype = AutoConfig.from_pretrained(path, local_files_only=local).dtype
+    except Exception:  # of any kind, see `readable`
         return "float32"  # loading the model will say what is wrong
     return str(dtype or torch.float32).removeprefix("torch.")
 

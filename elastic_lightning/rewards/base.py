@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 
 from elastic_lightning.errors import NotFinite, UserError
 from elastic_lightning.policies import PolicyLM
+from elastic_lightning.ranks import alike
 
 OnError = Literal["stop", "mask"]
+FAILURES = (Exception, SystemExit)  # a reward is code of the user's, which may also ask python to end
 
 
 class Scores(NamedTuple):
@@ -39,6 +42,7 @@ class Reward(nn.Module):
 
     retries: int = 0
     on_error: OnError = "stop"
+    _told: frozenset[type] = frozenset()  # exceptions that a warning was given for
 
     def forward(self, prompts: list[str], responses: list[str]) -> Tensor:
         raise TypeError(f"{type(self).__name__} must override forward(prompts, responses) -> scores [B]")
@@ -48,6 +52,11 @@ class Reward(nn.Module):
         for part in self.modules():
             if part is not self and isinstance(part, Reward):
                 part.bind(lm)
+
+    def parts(self) -> dict[str, Reward]:
+        """Rewards that this one is made of, by name: each is asked by itself, with its own `retries` and `on_error`;
+        `combine` makes the total of their scores. None by default."""
+        return {}
 
     def components(self, prompts: list[str], responses: list[str]) -> dict[str, Tensor]:
         """Named parts [B] each; a reward made of one part has none."""
@@ -62,20 +71,52 @@ def score(reward: Reward, prompts: list[str], responses: list[str]) -> Scores:
     """Score B texts and check what comes back.
 
     Raises:
-        NotFinite: a score is NaN or infinite, or the reward raised on every single response.
+        NotFinite: a score is NaN or infinite.
         UserError: the reward raised and is to stop the run, or returned another number of scores than texts.
     """
+    if parts := reward.parts():
+        return _score_parts(reward, parts, prompts, responses)
     try:
         return _ask(reward, prompts, responses)
     except UserError:
         raise
-    except Exception as error:
+    except FAILURES as error:
         if reward.on_error == "mask":
             return _ask_one_by_one(reward, prompts, responses)
         raise UserError(
             f"the reward {type(reward).__name__} raised {type(error).__name__}: {' '.join(str(error).split())[:300]} "
             f"(first text of the batch: {_excerpt(prompts[0] + responses[0])})"
         ) from error
+
+
+def _score_parts(reward: Reward, parts: dict[str, Reward], prompts: list[str], responses: list[str]) -> Scores:
+    """The scores of a reward that is made of others.
+
+    Where FSDP2 shards the model of a part, every rank must run it equally often: the other parts come first, and where
+    one of them raises on one rank, it does on all.
+    """
+    sharded = [name for name, part in parts.items() if any(hasattr(p, "to_local") for p in part.parameters())]
+
+    def ask(names: Iterable[str]) -> dict[str, Scores]:
+        found = {}
+        for name in names:
+            try:
+                found[name] = score(parts[name], prompts, responses)
+            except UserError as error:
+                error.args = (f"{name}: {error}",)
+                raise
+        return found
+
+    whole = [name for name in parts if name not in sharded]
+    scored = (alike(lambda: ask(whole)) if sharded else ask(whole)) | ask(sharded)
+    components = {name: scored[name].total for name in parts}
+    total = _check(reward, "total", reward.combine(components), prompts, responses)
+    masks = [each.valid.to(total.device) for each in scored.values() if each.valid is not None]
+    if not masks:
+        return Scores(total, components)
+    valid = torch.stack(masks).all(dim=0)
+    kept = {name: values.masked_fill(~valid.to(values.device), 0) for name, values in components.items()}
+    return Scores(total.masked_fill(~valid, 0), kept, valid)
 
 
 def _ask(reward: Reward, prompts: list[str], responses: list[str]) -> Scores:
@@ -88,7 +129,7 @@ def _ask(reward: Reward, prompts: list[str], responses: list[str]) -> Scores:
             break
         except UserError:
             raise
-        except Exception:
+        except FAILURES:
             if attempt == reward.retries:
                 raise
     checked = {name: _check(reward, name, values, prompts, responses) for name, values in components.items()}
@@ -103,18 +144,16 @@ def _ask_one_by_one(reward: Reward, prompts: list[str], responses: list[str]) ->
             rows.append(_ask(reward, [prompt], [response]))
         except UserError:
             raise
-        except Exception as error:
+        except FAILURES as error:
             rows.append(None)
-            last = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            # Once a cause, as python tells warnings apart by their text.
-            warnings.warn(
-                f"the reward {type(reward).__name__} raised {type(error).__name__} on single responses, which are "
-                "masked; fault/masked counts them",
-                stacklevel=2,
-            )
-    known = next((row for row in rows if row is not None), None)
-    if known is None:
-        raise NotFinite("reward", f"the reward {type(reward).__name__} raised on all {len(rows)} responses: {last}")
+            if type(error) not in reward._told:  # once a kind of cause
+                reward._told = reward._told | {type(error)}
+                warnings.warn(
+                    f"the reward {type(reward).__name__} raised {type(error).__name__} on single responses, which are "
+                    f"masked; fault/masked counts them. The first: {' '.join(str(error).split())[:300]}",
+                    stacklevel=2,
+                )
+    known = next((row for row in rows if row is not None), Scores(torch.zeros(1), {}))
     zero = Scores(
         torch.zeros_like(known.total), {name: torch.zeros_like(part) for name, part in known.components.items()}
     )

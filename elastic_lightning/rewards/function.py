@@ -52,7 +52,7 @@ def import_function(path: str) -> Callable:
         sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), name)
-    except Exception as error:  # the module is the user's: importing it may raise anything
+    except (Exception, SystemExit) as error:  # the module is the user's: importing it may raise anything
         raise UserError(f"cannot import the reward function {path!r}: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise UserError(f"{path!r} is not a function")

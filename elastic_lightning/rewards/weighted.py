@@ -5,14 +5,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from elastic_lightning.errors import UserError
-from elastic_lightning.rewards.base import Reward
+from elastic_lightning.rewards.base import Reward, score
 
 
 class WeightedReward(Reward):
     """Weighted sum of named rewards; each part is logged before weighting.
 
-    A part that raises is asked again as often as the most patient of them wants, and where one of them masks responses
-    on which it raises, so does the sum.
+    Each part has its own `retries` and `on_error`; a response that one of them masks has no score.
 
     Args:
         rewards: name -> reward.
@@ -27,13 +26,11 @@ class WeightedReward(Reward):
         if unknown:
             raise UserError(f"weights for rewards that are not there: {unknown}; the rewards are {sorted(rewards)}")
         self.rewards = nn.ModuleDict(rewards)
-        self.retries = max(reward.retries for reward in rewards.values())
-        self.on_error = "mask" if any(reward.on_error == "mask" for reward in rewards.values()) else "stop"
         self.weights = {name: float((weights or {}).get(name, 1.0)) for name in rewards}
 
-    def components(self, prompts: list[str], responses: list[str]) -> dict[str, Tensor]:
-        """Unweighted scores [B] of each part."""
-        return {name: reward(prompts, responses) for name, reward in self.rewards.items()}
+    def parts(self) -> dict[str, Reward]:
+        """The rewards by name."""
+        return dict(self.rewards.items())
 
     def combine(self, components: dict[str, Tensor]) -> Tensor:
         """Weighted sum [B]."""
@@ -42,4 +39,4 @@ class WeightedReward(Reward):
 
     def forward(self, prompts: list[str], responses: list[str]) -> Tensor:
         """Scores [B] float32."""
-        return self.combine(self.components(prompts, responses))
+        return score(self, prompts, responses).total

@@ -234,7 +234,7 @@ def _change_rows(module, rows):
 
 def test_a_batch_without_any_score_is_skipped(toy, tmp_path):
     module = toy.ppo(reward=masking(*range(6), on_error="mask"))
-    with pytest.warns(UserWarning, match="its reward is not finite: the reward FunctionReward raised on all 6"):
+    with pytest.warns(UserWarning, match="its reward is not finite: it raised on all 6"):
         toy.fit(module, tmp_path, [toy.prompts(rows=6, seed=0)])
     assert module.faults.skipped == {"reward": 1} and module.ppo_step == 1
 

@@ -11,6 +11,8 @@ import rank_cases
 import torch
 from algorithms.conftest import PAD
 
+from elastic_lightning.errors import UserError
+
 TESTS = Path(__file__).parents[1]
 
 
@@ -57,6 +59,10 @@ def results(tmp_path_factory):
     for strategy, names in rank_cases.RESUMED.items():
         for name in names:
             path = folder / f"{strategy}_{name}.ckpt"
+            if name in rank_cases.SAME_RANKS:
+                with pytest.raises(UserError, match="as many processes as it was saved with: 2, and not 1"):
+                    rank_cases.both_halves(name, one(f"{strategy}_rest_{name}", resume_from=path))
+                continue
             rest = rank_cases.both_halves(name, one(f"{strategy}_rest_{name}", resume_from=path))
             compared[f"{strategy}:resumed_{name}_on_one"] = (expected[f"resumed_{name}"], [rest])
     return compared
@@ -94,7 +100,8 @@ def second_half(gradients):
 
 RESUMED = [(strategy, f"resumed_{name}") for strategy, names in rank_cases.RESUMED.items() for name in names]
 NAMES = [f"{strategy}:{name}" for strategy, (_, cases) in rank_cases.STRATEGIES.items() for name in cases]
-NAMES += [f"{strategy}:{name}{where}" for strategy, name in RESUMED for where in ("", "_on_one")]
+ON_ONE = [(strategy, name) for strategy, name in RESUMED if name.removeprefix("resumed_") not in rank_cases.SAME_RANKS]
+NAMES += [*map(":".join, RESUMED), *(f"{strategy}:{name}_on_one" for strategy, name in ON_ONE)]
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ def test_samples_of_one_policy_are_the_same_each_time(lab, tmp_path, logger):
     for _ in range(2):
         trainer = lab.trainer(tmp_path, [SampleLogger()], logger=logger)
         trainer.validate(module, lab.loader(lab.prompts(1)), verbose=False)
-    rows = lines(tmp_path / "run" / "samples.jsonl")
+    rows = lines(tmp_path / "run" / "samples_validate.jsonl")
     assert len(rows) == 8 and rows[:4] == rows[4:]
 
 
@@ -65,8 +65,10 @@ def test_a_table_survives_pipes_and_newlines(lab, tmp_path, logger, read_events)
     trainer.validate(lab.ppo(), lab.loader(lab.prompts(1)), verbose=False)
     ((_, [(_, table)]),) = read_events(logger.log_dir, "text").items()
     assert table.splitlines()[2].startswith(r"| a\|b c | ü |")
-    (row,) = lines(tmp_path / "run" / "samples.jsonl")
-    assert row["prompt"] == "a|b\nc" and "ü" in (tmp_path / "run" / "samples.jsonl").read_text(encoding="utf-8")
+    (row,) = lines(tmp_path / "run" / "samples_validate.jsonl")
+    assert row["prompt"] == "a|b\nc" and "ü" in (tmp_path / "run" / "samples_validate.jsonl").read_text(
+        encoding="utf-8"
+    )
 
 
 # ResponseWriter --------------------------------------------------------------------------------------------------

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from lightning import Callback, Trainer
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from elastic_lightning.algorithms import (
@@ -26,7 +27,10 @@ from elastic_lightning.callbacks import (
     SampleLogger,
     SavePretrained,
 )
+from elastic_lightning.callbacks.position import Position
 from elastic_lightning.data import ToyReviewsDataModule, ToyTranslationDataModule, ToyTranslationGameDataModule
+from elastic_lightning.data.loader import ResumableLoader
+from elastic_lightning.data.sampler import EpochSampler
 from elastic_lightning.data.toy_grammar import review_grammar, toy_tokenizer
 from elastic_lightning.data.toy_languages import all_words
 from elastic_lightning.policies import LoRA, ModelSource, Sampling
@@ -49,8 +53,8 @@ class Stopped(Exception):
 class StopAt(Callback):
     """Raises where a process might die: in a hook's call after `batches` training batches."""
 
-    def __init__(self, hook: str, batches: int) -> None:
-        self.batches, self.done = batches, 0
+    def __init__(self, hook: str, batches: int, first: bool = False) -> None:
+        self.batches, self.done, self.first = batches, 0, first
         setattr(self, hook, self._stop)
 
     def on_train_batch_end(self, *args) -> None:
@@ -69,8 +73,9 @@ def words(tmp_path_factory) -> str:
     return str(folder)
 
 
-def share_of_the(prompts, responses):
-    return [words.count("the") / max(len(words), 1) for words in map(str.split, responses)]
+def length(prompts, responses):
+    """A reward that differs between the responses of any policy: there is something to learn."""
+    return [len(response) / 10 for response in responses]
 
 
 def reviews(task, seed=5):
@@ -83,7 +88,7 @@ def ppo(words, lora=False, **options):
     config |= {"kl_penalty": "adaptive", "kl_horizon": 60, "kl_target": 0.01, "target_kl": 0.05}
     source = ModelSource(architecture=GPT2, tokenizer=words, lora=LoRA(rank=2) if lora else None)
     torch.manual_seed(0)
-    return PPO(source, FunctionReward(share_of_the), PPOConfig(**config | options), Sampling(max_new_tokens=5), seed=3)
+    return PPO(source, FunctionReward(length), PPOConfig(**config | options), Sampling(max_new_tokens=5), seed=3)
 
 
 def language_model(words):
@@ -128,10 +133,20 @@ def run(case: str, words: str, folder: Path, stop: Callback | None = None, resum
         own = [SampleLogger(samples=2), SavePretrained(monitor="val/reward")]
     else:
         own = [SavePretrained()]
+    first = stop is not None and stop.first
+    last = stop is not None and not stop.first
+    logger = TensorBoardLogger(folder, name="", version="run", default_hp_metric=False)
     trainer = Trainer(
         accelerator="cpu",
-        logger=TensorBoardLogger(folder, name="", version="run", default_hp_metric=False),
-        callbacks=[*callbacks, *own, BatchCheckpoint(every=1), *([stop] if stop else [])],
+        logger=[logger, *options.pop("loggers", [])],
+        callbacks=[
+            *([stop] if first else []),
+            *callbacks,
+            *options.pop("more", []),
+            *own,
+            BatchCheckpoint(every=1),
+            *([stop] if last else []),
+        ],
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -249,6 +264,86 @@ def test_a_run_of_a_number_of_steps_is_resumed_in_any_epoch(words, tmp_path, who
     resumed = run("language_model", words, tmp_path, resume=True, **limits)
     assert resumed.global_step == 7
     assert_same(tmp_path, resumed, *whole("language_model", **limits))
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_epochs": -1, "max_steps": 4, "limit_train_batches": 3}], ids=str)
+@pytest.mark.parametrize("case", ["ppo", "language_model"])
+def test_what_a_run_could_not_write_at_its_end_is_written_when_it_is_resumed(case, limits, words, tmp_path, whole):
+    if case == "ppo" and limits:
+        limits = limits | {"max_steps": 8}  # optimizer steps, of which a batch has two
+    run(case, words, tmp_path, StopAt("on_train_end", 1, first=True), **limits)
+    assert not (tmp_path / "run" / "final").exists()
+    assert_same(tmp_path, run(case, words, tmp_path, resume=True, **limits), *whole(case, **limits))
+    assert (tmp_path / "run" / "final" / "config.json").exists()
+
+
+def test_a_run_that_was_stopped_early_stays_stopped(words, tmp_path):
+    class Enough(Callback):
+        def on_validation_end(self, trainer, pl_module):
+            trainer.should_stop = trainer.global_step >= 4
+
+    run("language_model", words, tmp_path, StopAt("on_train_end", 1, first=True), more=[Enough()])
+    resumed = run("language_model", words, tmp_path, resume=True, more=[Enough()])
+    assert resumed.global_step == 4 and (tmp_path / "run" / "final" / "config.json").exists()
+
+
+def test_every_loggers_log_goes_back_to_the_checkpoint(words, tmp_path):
+    def another():
+        return [TensorBoardLogger(tmp_path / "other", name="", version="run", default_hp_metric=False)]
+
+    run("language_model", words, tmp_path, StopAt("on_before_optimizer_step", 3), loggers=another())
+    (tmp_path / "run" / "checkpoints" / "batch_000003.ckpt").unlink()
+    run("language_model", words, tmp_path, resume=True, loggers=another())
+    assert logged(tmp_path / "other") == logged(tmp_path)
+    assert [step for step, _ in logged(tmp_path / "other")["train/loss"]] == [*range(8)]
+
+
+def test_the_runs_compared_learn_something(whole):
+    for case in ("ppo", "ppo_lora", "ppo_anchor"):
+        values = logged(whole(case)[0])
+        assert min(value for _, value in values["train/grad_norm"]) > 0
+        assert len({value for _, value in values["train/reward"]}) > 1
+
+
+class Numbers(LightningDataModule):
+    """Rows that workers fetch, in the order of a `ResumableLoader`."""
+
+    def train_dataloader(self):
+        sampler = EpochSampler(8, 2, seed=1)
+        return ResumableLoader(
+            lambda: Position.of(self.trainer), range(8), batch_size=2, sampler=sampler, num_workers=1, collate_fn=list
+        )
+
+
+class Remembers(LightningModule):
+    """Sees rows, and learns nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.seen = torch.nn.Parameter(torch.zeros(())), []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(batch)
+        return self.weight * 0
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("batches", [4, 6])  # at an epoch's end, and inside the next one
+def test_a_loader_with_workers_goes_on_in_the_same_order(tmp_path, batches):
+    def fit(epochs, path=None, **limits):
+        module = Remembers()
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+        keep = BatchCheckpoint(every=1, keep=9)
+        trainer = Trainer(max_epochs=epochs, default_root_dir=tmp_path, callbacks=[keep], **quiet, **limits)
+        trainer.fit(module, Numbers(), ckpt_path=path, weights_only=True)
+        return module.seen
+
+    whole = fit(3)
+    shutil.copy(tmp_path / "checkpoints" / f"batch_{batches:06d}.ckpt", tmp_path / "start.ckpt")
+    assert whole[:4] != whole[4:8]
+    assert fit(3, tmp_path / "start.ckpt") == whole[batches:]
 
 
 def test_gradients_on_their_way_are_not_cut(words, tmp_path, whole):

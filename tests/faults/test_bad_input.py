@@ -10,11 +10,13 @@ import time
 import pytest
 import torch
 import toy_world
-from faults.wrong_inputs import ROWS, World
+from faults import foreign_inputs, wrong_inputs
+from faults.wrong_inputs import World
 from transformers import AutoTokenizer
 
 from elastic_lightning.cli import main
 
+ROWS = wrong_inputs.ROWS | foreign_inputs.ROWS
 LIMIT = 20  # seconds of this process's work; a busy machine is not the program's fault
 LONGEST = 600  # letters of a line that is still clear
 OUTSIDE = (  # run as a user would, in a process of their own
@@ -86,7 +88,7 @@ def test_one_clear_line_of_a_process(name, world, tmp_path):
 
 
 def test_there_are_forty_rows_of_every_kind():
-    assert len(ROWS) >= 40 and set(OUTSIDE) <= set(ROWS)
+    assert len(ROWS) == len(wrong_inputs.ROWS) + len(foreign_inputs.ROWS) >= 40 and set(OUTSIDE) <= set(ROWS)
 
 
 def test_the_payload_would_work(world):
@@ -121,6 +123,13 @@ def test_a_finished_run_is_not_written_over(toy_fit, tmp_path, capsys):
     assert main(toy_fit()) == 1
     assert "already holds a run" in capsys.readouterr().err
     assert files(tmp_path) == before
+
+
+def test_early_stopping_by_what_nothing_logs_is_one_line_too(toy_fit, capsys):
+    flags = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/rewrd"]
+    assert main([*toy_fit(), *flags]) != 0
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: RuntimeError: Early stopping") and "val/rewrd" in error and "TRACEBACK" in error
 
 
 def test_no_command_shows_the_usage(capsys):

@@ -384,7 +384,7 @@ CHECKPOINTS = {
     "truncated": row(lambda w: w.resume(another_model(), share=0.6), "wrong.ckpt", "cut off"),
     "a text file": row(lambda w: w.resume(b"hello"), "wrong.ckpt", "damaged"),
     "an empty file": row(lambda w: w.resume(b""), "wrong.ckpt"),
-    "a folder": row(lambda w: w.fit(f"--ckpt_path={w.folder}"), "no checkpoint at"),
+    "a folder": row(lambda w: w.fit(f"--ckpt_path={w.folder}"), "is a folder", "a checkpoint is a file"),
     "not a mapping": row(lambda w: w.resume([1, 2]), "wrong.ckpt", "not a checkpoint"),
     "of another model": row(lambda w: w.resume(another_model()), "another model"),
     "of nothing to generate from": row(
@@ -403,7 +403,7 @@ OUTPUTS = {
         lambda w: [*w.pipeline(one_stage()), f"--output={w.file('taken', 'mine')}"], "taken", "is a file"
     ),
     "report: the folder is a file": row(
-        lambda w: ["report", str(w.toy), f"--output={w.file('taken', 'mine')}"], "taken", "is a file"
+        lambda w: ["report", str(w.toy), f"--output={w.file('taken', 'mine')}"], "taken", "is not a folder"
     ),
 }
 

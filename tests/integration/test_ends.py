@@ -27,7 +27,7 @@ def test_launched_processes_do_not_outlive_the_one_that_launched_them():
         (
             # As safetensors 0.8 says it on a full disk.
             SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-            "(os error 28); free some space, then go on with --ckpt_path last",
+            "(os error 28); free some space; a run goes on with --ckpt_path last",
         ),
     ],
 )

@@ -4,14 +4,17 @@ import os
 import shlex
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from elastic_lightning.algorithms import PPO
-from elastic_lightning.cli import _chain, main
-from elastic_lightning.resume import differences, resume_line
+from elastic_lightning.cli import main
+from elastic_lightning.errors import UserError
+from elastic_lightning.mistakes import _chain
+from elastic_lightning.resume import check_same_run, differences, last_checkpoint, resume_line
 
 
 def scalars(folder):
@@ -76,6 +79,19 @@ def test_a_signal_saves_and_stops_and_the_printed_line_resumes(name, toy_fit, tm
     assert (run / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
     ours, theirs = load_file(run / "final" / "model.safetensors"), load_file(whole / "final" / "model.safetensors")
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_a_signal_before_anything_was_trained_is_told(toy_fit, tmp_path, monkeypatch, capsys):
+    measure = PPO.validation_step
+
+    def signalled(self, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return measure(self, *arguments)
+
+    monkeypatch.setattr(PPO, "validation_step", signalled)
+    assert main(toy_fit()) == 1
+    assert "stopped by SIGTERM before a batch was trained" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
 
 
 def test_last_without_a_checkpoint_is_an_error(toy_fit, tmp_path, capsys):
@@ -182,6 +198,81 @@ def test_differences_name_settings_as_the_command_line_does():
         "callbacks.B.init_args.n": (1, 2),
         "model.lr": (0.1, 0.2),
     }
+
+
+def saved_by(processes, **config):
+    return {"config": config, "world_size": processes}
+
+
+def same_run(checkpoint, processes, **config):
+    return check_same_run(checkpoint, config, Path("a.ckpt"), processes)
+
+
+def test_a_part_that_is_added_or_left_out_is_another_run():
+    """Also where one side has nothing: a null, or no such key."""
+    alone = {"rewards": {"a": {"class_path": "A"}}}
+    both = {"rewards": {"a": {"class_path": "A"}, "b": {"class_path": "B"}}}
+    for before, now in ((alone, both), (both, alone)):
+        with pytest.raises(UserError, match=r"model.rewards.b.class_path was .* and is"):
+            same_run(saved_by(1, model=before), 1, model=now)
+    with pytest.raises(UserError, match=r"model.weights.a was None and is -1.0"):
+        same_run(saved_by(1, model={"weights": None}), 1, model={"weights": {"a": -1.0}})
+    with_callback = {"callbacks": [{"class_path": "x.ElasticReset"}]}
+    assert same_run(saved_by(1, trainer=with_callback), 1, trainer={"callbacks": []})  # noted, and allowed
+
+
+def test_rows_of_a_batch_are_those_of_all_processes():
+    eight, four = {"init_args": {"batch_size": 8}}, {"init_args": {"batch_size": 4}}
+    assert same_run(saved_by(1, data=eight), 2, data=four) == []
+    assert same_run(saved_by(2, data=four), 1, data=eight) == []
+    with pytest.raises(UserError, match="batch_size was 8 and is 8 on each of 2 processes"):
+        same_run(saved_by(1, data=eight), 2, data=eight)
+    with pytest.raises(UserError, match="batch_size was 8 and is 4"):
+        same_run(saved_by(1, data=eight), 1, data=four)
+
+
+def test_a_run_with_checkpoints_of_lightnings_own_resumes_exactly_too(toy_fit, tmp_path, at_batch):
+    flags = ["--trainer.callbacks=[{class_path: ElasticReset, init_args: {every: 3}}, {class_path: ModelCheckpoint}]"]
+    calm = at_batch(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert main([*toy_fit(version="stopped"), *flags]) == 0
+    calm()
+    assert main([*toy_fit(version="stopped"), *flags, "--ckpt_path=last"]) == 0
+    assert main([*toy_fit(version="whole"), *flags]) == 0
+    assert scalars(tmp_path / "run" / "stopped") == scalars(tmp_path / "run" / "whole")
+
+
+def test_the_checkpoint_that_a_run_goes_on_from_is_the_last_one(finished, toy_fit, at_batch):
+    """Killed before it saved anew, it goes on from there again, and not from what is given up."""
+    path = finished / "checkpoints" / "batch_000003.ckpt"
+    calm = at_batch(4, lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main([*toy_fit(), callbacks(5), f"--ckpt_path={path}"])
+    calm()
+    assert last_checkpoint(finished) == path
+    assert main([*toy_fit(), callbacks(1), "--ckpt_path=last"]) == 0
+    assert [step for step, _ in scalars(finished)["train/reward"]] == [1, 2, 3, 4]
+
+
+def test_a_measured_run_stays_as_it_is(finished, toy_fit, capsys):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    for command in ("validate", "test", "predict"):
+        assert main([*toy_fit(command=command), "--data.init_args.eval_prompts=4", "--ckpt_path=last"]) == 0
+    after = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    assert {path.name for path in after.keys() - before.keys()} == {
+        "test.json",
+        "predictions.jsonl",
+        "samples_validate.jsonl",
+    }
+    assert all(after[path] == content for path, content in before.items())
+
+
+def test_a_csv_log_is_not_lost(finished, toy_fit, capsys):
+    place = f"{{save_dir: {finished.parents[1]}, name: run, version: seed_1}}"
+    logger = f"--trainer.logger={{class_path: CSVLogger, init_args: {place}}}"
+    (finished / "metrics.csv").write_text("step\n1\n")
+    assert main([*toy_fit(), callbacks(1), logger, "--ckpt_path=last"]) == 1
+    assert "a CSVLogger begins its file anew" in capsys.readouterr().err
+    assert (finished / "metrics.csv").read_text() == "step\n1\n"
 
 
 def test_the_line_to_resume_replaces_the_checkpoint():

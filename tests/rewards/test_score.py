@@ -1,7 +1,9 @@
+import warnings
+
 import pytest
 import torch
 
-from elastic_lightning.errors import NotFinite, UserError
+from elastic_lightning.errors import UserError
 from elastic_lightning.rewards import FunctionReward, Reward, WeightedReward, score
 
 PROMPTS, RESPONSES = ["a film", "a play", "an act"], [" of note", " in vain", " of god"]
@@ -106,7 +108,7 @@ def test_a_bad_component_is_named(bad, part):
     reward = WeightedReward({"fine": Fixed(torch.ones(3)), "rotten": Fixed(torch.tensor(bad))}, {"rotten": 0.0})
     with pytest.raises(UserError) as error:
         score(reward, PROMPTS, RESPONSES)
-    one_line(error, "(rotten)", part)
+    one_line(error, "rotten: the reward Fixed", part)
 
 
 class Moody(Reward):
@@ -146,7 +148,6 @@ def test_where_it_raises_on_one_text_the_others_keep_their_scores():
 
 def test_a_masked_part_masks_the_sum():
     reward = WeightedReward({"moody": Moody(never=" of god", on_error="mask"), "fine": FunctionReward(_lengths)})
-    assert reward.on_error == "mask" and reward.retries == 1
     with pytest.warns(UserWarning, match="masked"):
         scores = score(reward, PROMPTS, RESPONSES)
     assert scores.valid.tolist() == [True, True, False]
@@ -154,11 +155,22 @@ def test_a_masked_part_masks_the_sum():
     assert scores.total.tolist() == [16, 16, 0]
 
 
-def test_no_score_at_all_is_a_batch_that_teaches_nothing():
-    with pytest.warns(UserWarning, match="masked"), pytest.raises(NotFinite) as error:
-        score(Moody(failures=100, on_error="mask"), PROMPTS, RESPONSES)
-    one_line(error, "raised on all 3 responses", "ConnectionError: no answer")
-    assert error.value.what == "reward"
+def test_each_part_has_its_own_patience():
+    moody, other = Moody(failures=1, retries=1), Moody()
+    assert score(WeightedReward({"moody": moody, "other": other}), PROMPTS, RESPONSES).total.tolist() == [16, 16, 14]
+    assert (moody.calls, other.calls) == (2, 1)
+    with pytest.raises(UserError, match="other: the reward Moody raised ConnectionError"):
+        score(WeightedReward({"moody": Moody(failures=1, retries=1), "other": Moody(failures=1)}), PROMPTS, RESPONSES)
+
+
+def test_no_score_at_all_is_said_once_and_masks_every_response():
+    reward = Moody(failures=100, on_error="mask")
+    with pytest.warns(UserWarning, match="masked; .* The first: no answer"):
+        scores = score(reward, PROMPTS, RESPONSES)
+    assert scores.total.tolist() == [0, 0, 0] and not scores.valid.any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        score(reward, PROMPTS, RESPONSES)
 
 
 def test_masking_hides_no_wrong_numbers():
