@@ -7,11 +7,12 @@ import importlib
 import itertools
 import os
 import sys
+import traceback
 import warnings
 from pathlib import Path
 
 from elastic_lightning.errors import UsageError, UserError
-from elastic_lightning.mistakes import as_line
+from elastic_lightning.mistakes import WHOLE, as_line
 
 OWN_COMMANDS = {  # name -> module with main(argv), what it does
     "pipeline": ("elastic_lightning.evaluation.pipeline", "run the stages of a pipeline file in order, then report"),
@@ -112,6 +113,8 @@ def _keep_memory() -> None:
 
 
 def _fail(message: str, status: int) -> int:
+    if WHOLE in os.environ:
+        traceback.print_exc()
     print(f"error: {message}", file=sys.stderr)
     return status
 

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from elastic_lightning import algorithms, callbacks, data, rewards
+from elastic_lightning import __version__, algorithms, callbacks, data, rewards
 from elastic_lightning.callbacks import BatchCheckpoint, Preemption, ResponseWriter, RunProgress
 from elastic_lightning.callbacks.preemption import Preempted
 from elastic_lightning.callbacks.run_config import RunConfig
@@ -75,7 +75,7 @@ class ElasticCLI(LightningCLI):
 
     def __init__(self, args: ArgsType = None) -> None:
         self.argv = list(sys.argv[1:] if args is None else args)
-        self.run_config = RunConfig()
+        self.run_config = RunConfig(__version__)
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -177,13 +177,7 @@ class ElasticCLI(LightningCLI):
         fresh = folder in missing
         if resuming:
             path = arguments["ckpt_path"]
-            checkpoint = read_checkpoint(path)
-            check_whole(checkpoint, path)
-            check_loggers(trainer.loggers)
-            self.run_config.resumed_from = path
-            notes = check_same_run(checkpoint, self.run_config.config, path, trainer.world_size)
-            if first:
-                print("".join(f"note: {note}\n" for note in notes), end="", flush=True)
+            self._check_resume(path)
         try:
             self.trainer.fit(**arguments)
         except Preempted as stop:
@@ -200,9 +194,20 @@ class ElasticCLI(LightningCLI):
             elif first and folder and isinstance(error, Exception) and not folder.is_dir():
                 # Whoever wrote first met it: a checkpoint, or a logger, whose own message says nothing of it.
                 raise UserError(f"the run's folder is gone: {folder}/checkpoints and all beside it") from error
-            if isinstance(error, SIGTERMException):  # later ones are for `Preemption`
+            if isinstance(error, SIGTERMException) and trainer.global_step == 0:  # later ones are for `Preemption`
                 raise UserError("stopped by SIGTERM before a batch was trained: nothing was saved") from None
             raise
+
+    def _check_resume(self, path: Path) -> None:
+        """Refuse a checkpoint that the run cannot go on from, and say what of its settings is different."""
+        checkpoint = read_checkpoint(path)
+        check_whole(checkpoint, path)
+        check_loggers(self.trainer.loggers)
+        same_version = checkpoint.get("elastic_lightning_version") == __version__
+        notes = check_same_run(checkpoint, self.run_config.config, path, self.trainer.world_size, same_version)
+        self.run_config.resumed_from = path
+        if self.trainer.is_global_zero:
+            print("".join(f"note: {note}\n" for note in notes), end="", flush=True)
 
     def after_test(self) -> None:
         values = {name: float(value) for name, value in self.trainer.callback_metrics.items()}

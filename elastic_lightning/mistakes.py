@@ -16,7 +16,7 @@ from elastic_lightning.errors import UserError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 FREE_SPACE = "free some space; a run goes on with --ckpt_path last"
-WHOLE = "ELASTIC_LIGHTNING_TRACEBACK"  # set to anything: errors of other libraries are shown whole
+WHOLE = "ELASTIC_LIGHTNING_TRACEBACK"  # set to anything: where an error came from is shown before its line
 CALLBACK_FIELDS = (
     " (--trainer.callbacks.FIELD is of the callback that --trainer.callbacks+=NAME adds before it; change those of a "
     "configuration file in the file)"
@@ -41,9 +41,9 @@ def as_line(error: Exception, argv: list[str]) -> str | None:
         return condense(str(error))
     if type(error).__name__ == "MisconfigurationException":
         return shortened(str(error))
-    if isinstance(error, OSError) and error.filename is not None:
+    if isinstance(error, OSError) and error.filename is not None and origin(error.__traceback__) is not None:
         return f"{error.strerror}: {error.filename}"
-    if WHOLE not in os.environ and origin(error.__traceback__) in ("lightning", "jsonargparse"):
+    if origin(error.__traceback__) in ("lightning", "jsonargparse"):
         return foreign_line(error)
     return None
 
@@ -55,8 +55,7 @@ def foreign_errors_as_lines(when: Callable[[], bool] = lambda: True) -> Iterator
     try:
         yield
     except Exception as error:
-        foreign = WHOLE not in os.environ and origin(error.__traceback__)
-        if as_line(error, []) is not None or not foreign or not when():
+        if as_line(error, []) is not None or not origin(error.__traceback__) or not when():
             raise
         raise UserError(foreign_line(error)) from error
 
@@ -67,9 +66,9 @@ def foreign_line(error: Exception) -> str:
     return f"{shortened(text)} ({WHOLE}=1 shows where)"
 
 
-def origin(trace: TracebackType | None) -> str:
-    """The package whose code raised an error; "" where code of ours raised it, or any of the user's took part."""
-    ours = str(Path(__file__).parent)
+def origin(trace: TracebackType | None) -> str | None:
+    """The package whose code raised an error, "" for ours; None where code of the user's took part."""
+    ours = f"{Path(__file__).parent}{os.sep}"
     paths = sysconfig.get_paths()
     libraries = [f"{paths[name]}/" for name in ("purelib", "platlib", "stdlib")]
     package = ""
@@ -79,7 +78,7 @@ def origin(trace: TracebackType | None) -> str:
         if file.startswith(ours) or library is None:
             package = ""
             if not file.startswith((ours, "<")):
-                return ""
+                return None
         else:
             package = file.removeprefix(library).removeprefix("site-packages/").split("/")[0]
         trace = trace.tb_next

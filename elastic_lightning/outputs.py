@@ -33,6 +33,6 @@ def check_free(folder: Path) -> None:
     taken = next((path for pattern in RUN_FILES for path in sorted(folder.glob(pattern))), None)
     if taken is not None:
         raise UserError(
-            f"{folder} already holds a run ({taken.name}): remove it, choose another trainer.logger.init_args.version, "
-            "or resume with --ckpt_path"
+            f"{folder} already holds a run ({taken.name}): remove it, choose another trainer.logger.init_args.version "
+            "(without a logger: trainer.default_root_dir), or resume with --ckpt_path"
         )

@@ -44,7 +44,10 @@ def alike(work: Callable[[], Result]) -> Result:
     except Exception as raised:
         error = raised
     own = 0 if error is None else 1 if isinstance(error, NotFinite) else 2
-    worst = int(max_of_ranks(torch.tensor(own)))
+    try:
+        worst = int(max_of_ranks(torch.tensor(own)))
+    except Exception as lost:  # another process is gone, or the device: what was wrong here says more
+        raise error or lost from lost
     if worst > own and worst == 1:
         raise NotFinite("reward", "on another rank")
     if worst > own:

@@ -44,10 +44,13 @@ def changes(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, tuple[Any
     return {name: (before.get(name), now.get(name)) for name in either if before.get(name) != now.get(name)}
 
 
-def check_same_run(checkpoint: dict[str, Any], config: dict[str, Any], path: Path, world_size: int) -> list[str]:
+def check_same_run(
+    checkpoint: dict[str, Any], config: dict[str, Any], path: Path, world_size: int, same_version: bool = True
+) -> list[str]:
     """Refuse a checkpoint of another seed, model or data; returns what else was different, a line each.
 
-    Rows a batch are those of all processes together: a run may go on with another number of them.
+    Rows a batch are those of all processes together: a run may go on with another number of them. Options that only one
+    of two versions of this package has say nothing.
 
     Raises:
         UserError: with what differs.
@@ -55,7 +58,7 @@ def check_same_run(checkpoint: dict[str, Any], config: dict[str, Any], path: Pat
     saved = checkpoint.get("config")
     if saved is None:
         return []  # of a run that the command line did not start
-    changed = changes(saved, config)
+    changed = changes(saved, config) if same_version else differences(saved, config)
     for name, (before, now) in _rows_of_a_batch(saved, config).items():
         changed.pop(name, None)
         if before * checkpoint["world_size"] != now * world_size:

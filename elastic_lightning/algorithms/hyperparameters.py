@@ -12,6 +12,7 @@ from elastic_lightning.errors import UserError
 from elastic_lightning.policies import LoRA, ModelSource
 
 T = TypeVar("T")
+TASKS = ("prompts", "language_model", "reward_model", "supervised", "pairs")  # of our data modules
 
 
 def check_adam(
@@ -31,7 +32,7 @@ def check_adam(
 def check_task(trainer: Trainer, *tasks: str) -> None:
     """Raise a `UserError` where the data module serves another stage (its `task`) than the `tasks` of a module."""
     task = getattr(getattr(trainer, "datamodule", None), "task", None)
-    if task is not None and task not in tasks:
+    if task in TASKS and task not in tasks:
         module, data = type(trainer.lightning_module).__name__, type(trainer.datamodule).__name__
         wanted = f"{' or '.join(tasks)}: set data.init_args.task" if tasks else f"another data module than {data}"
         raise UserError(f"data's task is {task}, and {module} needs {wanted}")

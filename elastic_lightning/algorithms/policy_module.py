@@ -236,7 +236,7 @@ class PolicyModule(PolicyWeights):
         """`score`; between training batches a batch whose reward is not finite is left out of what is measured."""
         try:
             texts, scores = self.score(batch, responses)
-            if self.trainer.sanity_checking and scores.valid is not None and not scores.valid.any():
+            if scores.valid is not None and not scores.valid.any():
                 raise NotFinite("reward", f"the reward raised on all {len(responses.tokens)} responses")
             return texts, scores
         except NotFinite as fault:
@@ -287,7 +287,7 @@ class PolicyModule(PolicyWeights):
         prompts = self.prompts(batch)
         with self.gathered():
             rollout = self.sample(prompts, VALIDATION_STEP, self._first_row(prompts))
-            texts, scores = alike(lambda: self.score(batch, rollout.responses))
+            texts, scores = alike(lambda: self._score_if_finite(batch, rollout.responses))
         return _as_dicts(texts, scores)
 
     def on_validation_epoch_start(self) -> None:

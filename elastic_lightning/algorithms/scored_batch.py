@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_lightning.policies import PairedTexts, Prompts, Rollout
-from elastic_lightning.ranks import gather
+from elastic_lightning.ranks import gather, objects_of_ranks
 from elastic_lightning.rewards import Scores
 
 
@@ -34,7 +35,9 @@ class ScoredBatch(NamedTuple):
         if trunk is not None:
             missing = rollout.tokens.shape[1] - self.rollout.tokens.shape[1]
             trunk = gather(F.pad(trunk, (0, 0, 0, missing)), left=True)
-        components = {name: gather(part) for name, part in self.scores.components.items()}
+        held = self.scores.components  # none on a rank whose every response is masked
+        names = dict.fromkeys(name for names in objects_of_ranks([*held]) for name in names)
+        components = {name: gather(held.get(name, torch.zeros_like(self.scores.total))) for name in names}
         pairs = self.pairs
         if pairs is not None:
             pairs = PairedTexts(_gather_each(pairs.source, left=True), _gather_each(pairs.target))

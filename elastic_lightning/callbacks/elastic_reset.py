@@ -161,6 +161,8 @@ class EMAOnly(WeightSets):
                 pl_module.save_pretrained(f"{folder}/ema")
 
         if self.save and folder and not trainer.fast_dev_run and hasattr(pl_module, "save_pretrained"):
+            self.settle()
+            alike(self._check_average)
             alike(write if writes else lambda: None)
 
     def _swap_back(self) -> None:

@@ -36,6 +36,7 @@ class Preemption(Callback):
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and not any(isinstance(callback, BatchCheckpoint) for callback in trainer.callbacks):
@@ -45,8 +46,13 @@ class Preemption(Callback):
         # Not earlier: Lightning has just put its own handlers in, and gives back what was there when training ends.
         self.received = signal.SIGTERM if trainer.received_sigterm else None
         if threading.current_thread() is threading.main_thread():
-            for number in self.SIGNALS:
-                signal.signal(number, self._receive)
+            self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for number, handler in self._before.items():
+            if signal.getsignal(number) == self._receive:  # where Lightning has not given back its own
+                signal.signal(number, handler)
+        self._before = {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx % trainer.accumulate_grad_batches != 0:

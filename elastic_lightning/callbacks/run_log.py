@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from lightning import Trainer
@@ -19,9 +20,11 @@ def flush(trainer: Trainer) -> None:
 
 
 def mark(trainer: Trainer) -> dict[str, int]:
-    """Bytes of each log in the run's folder, after what waits in memory was written."""
+    """Bytes of each log in the run's folder, after what waits in memory was written; of a further logger's folder with
+    its number, as ``1:<name>``."""
     flush(trainer)
-    return {name: path.stat().st_size for name, path in _logs(trainer).items()}
+    folders = _folders(trainer)
+    return {f"{prefix}{path.name}": path.stat().st_size for prefix, place in folders.items() for path in _logs(place)}
 
 
 def rewind(trainer: Trainer, marks: dict[str, int]) -> None:
@@ -29,27 +32,30 @@ def rewind(trainer: Trainer, marks: dict[str, int]) -> None:
 
     A folder that does not hold the marked files is another run's, and stays as it is.
     """
-    logs = _logs(trainer)
-    if not all(name in logs and logs[name].stat().st_size >= size for name, size in marks.items()) or not marks:
-        return
-    for logger in trainer.loggers:
-        if hasattr(logger.experiment, "close"):
-            logger.experiment.close()  # its file is empty and goes; the first scalar opens another
-    for name, path in logs.items():
-        if name in marks:
-            os.truncate(path, marks[name])
-        else:
-            path.unlink()
+    for prefix, place in _folders(trainer).items():
+        logs = {f"{prefix}{path.name}": path for path in _logs(place)}
+        own = {name: size for name, size in marks.items() if re.match(r"(\d+:)?", name)[0] == prefix}
+        if not own or not all(name in logs and logs[name].stat().st_size >= size for name, size in own.items()):
+            continue
+        for logger in trainer.loggers:
+            if hasattr(logger.experiment, "close"):
+                logger.experiment.close()  # its file is empty and goes; the first scalar opens another
+        for name, path in logs.items():
+            if name in own:
+                os.truncate(path, own[name])
+            elif not prefix:
+                path.unlink()
 
 
-def _logs(trainer: Trainer) -> dict[str, Path]:
-    """The logs by name, in the run's folder and in those of further loggers."""
+def _folders(trainer: Trainer) -> dict[str, Path]:
+    """Where logs lie, by the prefix of their names in `mark`: the run's folder, and those of further loggers."""
     folder = trainer.log_dir  # asked on every rank, for the first one tells the others
     if not trainer.is_global_zero or not folder:
         return {}
     others = [logger.log_dir for logger in trainer.loggers[1:] if isinstance(logger, TensorBoardLogger)]
-    logs = {}
-    for number, place in enumerate(dict.fromkeys([folder, *others])):
-        paths = [path for pattern in LOGS for path in Path(place).glob(pattern)]
-        logs |= {f"{number}:{path.name}" if number else path.name: path for path in paths}
-    return logs
+    places = enumerate(dict.fromkeys([folder, *others]))
+    return {f"{number}:" if number else "": Path(place) for number, place in places}
+
+
+def _logs(folder: Path) -> list[Path]:
+    return [path for pattern in LOGS for path in folder.glob(pattern)]

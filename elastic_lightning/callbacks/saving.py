@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.trainer import call
+from torch import Tensor
 
 from elastic_lightning.callbacks.durable import DurableCheckpointIO, sync_folder
 from elastic_lightning.callbacks.position import Position
@@ -56,14 +57,15 @@ class SavePretrained(Callback):
         if stage == "fit" and self.adapter == "merged":
             check_mergeable(pl_module)  # now, not after hours of training
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        taken = (
-            [] if self.folder is None else [name for name in ("final", "best") if (Path(self.folder) / name).exists()]
-        )
-        if taken and not self._resumed and trainer.is_global_zero and not trainer.fast_dev_run:
-            raise UserError(
-                f"SavePretrained would replace {self.folder}/{taken[0]}: remove it, or give another `folder`"
-            )
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        alike(lambda: self._check_free(trainer))  # here, for sharded runs read their checkpoints late
+
+    def _check_free(self, trainer: Trainer) -> None:
+        if self.folder is None or self._resumed or not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        taken = next((name for name in ("final", "best") if (Path(self.folder) / name).exists()), None)
+        if taken is not None:
+            raise UserError(f"SavePretrained would replace {self.folder}/{taken}: remove it, or give another `folder`")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit":
@@ -97,10 +99,10 @@ class SavePretrained(Callback):
             return
         if folder is None:
             raise UserError("SavePretrained needs a run folder: give the trainer a logger, or the callback a `folder`")
+        alike(lambda: check_finite_weights(trained_weights(pl_module)))
         alike(lambda: self._write(trainer, pl_module, Path(folder) / name))
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, target: Path) -> None:
-        check_finite_weights(pl_module)
         first, fresh = trainer.is_global_zero, target.with_name(f"{target.name}.writing")
         if first:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -150,10 +152,13 @@ class BatchCheckpoint(Checkpoint):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go through the end of training where the resumed run was over, by `max_steps` or because it was to stop:
         Lightning does not, and what was on its way when the run died, such as ``final``, would never be written."""
-        if self._resumed is not None:
-            self._resumed = None
-            call._call_callback_hooks(trainer, "on_train_start")
-            call._call_callback_hooks(trainer, "on_train_end")
+        if self._resumed is None:
+            return
+        self._resumed = None
+        trainer.print("the run was over when it was saved: nothing is trained")
+        for hook in ("on_train_start", "on_train_end"):
+            call._call_callback_hooks(trainer, hook)
+            call._call_lightning_module_hook(trainer, hook)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -177,14 +182,14 @@ class BatchCheckpoint(Checkpoint):
         checkpoint["run_log"] = mark(trainer)
         if self._saving:  # others save where they like, within a batch too
             checkpoint["position"] = Position.of(trainer)._asdict()
-            checkpoint["should_stop"] = trainer.should_stop  # as an EarlyStopping has said
+            checkpoint["stopped_with"] = _patience(trainer) if trainer.should_stop else None
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != "fit":
             return
         trainer.num_sanity_val_steps = 0  # the start was validated when the run began
         rewind(trainer, checkpoint.get("run_log", {}))
-        trainer.should_stop = checkpoint.get("should_stop", False)
+        trainer.should_stop = checkpoint.get("stopped_with") == _patience(trainer)  # and not with more patience now
         if "position" in checkpoint:
             self._resumed = Position(**checkpoint["position"])
             self._resumed.restore(checkpoint["loops"]["fit_loop"], trainer.max_epochs)
@@ -215,7 +220,7 @@ class BatchCheckpoint(Checkpoint):
         """What may fail on the first rank alone before all of them bring their weights together."""
         if self.last is not None and trainer.is_global_zero and not target.parent.is_dir():
             raise UserError(f"the run's folder is gone: {target.parent} (the last checkpoint was {self.last.name})")
-        check_finite_weights(pl_module)
+        check_finite_weights(trained_weights(pl_module))
         with self._saying_what_is_kept(target):
             flush(trainer)
 
@@ -247,14 +252,25 @@ class BatchCheckpoint(Checkpoint):
                 old.unlink()
 
 
-def check_finite_weights(pl_module: LightningModule) -> None:
-    """Raise a `UserError` where trained weights hold NaN or infinity, before they take the place of good ones."""
-    name = first_not_finite({name: p for name, p in pl_module.named_parameters() if p.requires_grad})
+def trained_weights(pl_module: LightningModule) -> dict[str, Tensor]:
+    """The weights that are trained, by name."""
+    return {name: parameter for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
+
+
+def check_finite_weights(weights: dict[str, Tensor]) -> None:
+    """Raise a `UserError` where weights hold NaN or infinity, before they take the place of good ones."""
+    name = first_not_finite(weights)
     if name is not None:
         raise UserError(
             f"the weights {name} are not finite, and are not saved; what was saved before stays: go on from the last "
             "checkpoint with a lower learning rate"
         )
+
+
+def _patience(trainer: Trainer) -> dict[str, int]:
+    """That of each callback that may stop the run early."""
+    stoppers = (callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping))
+    return {callback.state_key: callback.patience for callback in stoppers}
 
 
 def _write_whole(trainer: Trainer, path: Path) -> OSError | None:

@@ -256,8 +256,8 @@ class WeightSets(Callback):
         name = first_not_finite(self.ema)
         if name is not None:
             raise UserError(
-                f"{type(self).__name__}: the average of {name} is not finite after batch {self.batches}, no weights to "
-                "reset to: lower the learning rate, and go on from the last checkpoint"
+                f"{type(self).__name__}: the average of {name} is not finite after batch {self.batches}, and not used: "
+                "lower the learning rate, and go on from the last checkpoint"
             )
 
     @property

@@ -208,6 +208,8 @@ def measure_reward(
             lengths += [answer["tokens"] for answer in answers]
             complete += [answer["complete"] for answer in answers]
             progress.update(task, advance=len(batch), value=_mean(rewards))
+    if not rewards:
+        raise UserError(f"evaluate: the reward raised on all {len(prompts)} answers")
     return {
         "mean": _mean(rewards),
         "standard_error": _standard_error(rewards),

@@ -108,7 +108,9 @@ def _score_parts(reward: Reward, parts: dict[str, Reward], prompts: list[str], r
         return found
 
     whole = [name for name in parts if name not in sharded]
-    scored = (alike(lambda: ask(whole)) if sharded else ask(whole)) | ask(sharded)
+    scored = alike(lambda: ask(whole)) if sharded else ask(whole)
+    for name in sharded:
+        scored |= alike(lambda name=name: ask([name]))
     components = {name: scored[name].total for name in parts}
     total = _check(reward, "total", reward.combine(components), prompts, responses)
     masks = [each.valid.to(total.device) for each in scored.values() if each.valid is not None]

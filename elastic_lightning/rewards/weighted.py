@@ -38,5 +38,8 @@ class WeightedReward(Reward):
         return sum(rest, start=first)
 
     def forward(self, prompts: list[str], responses: list[str]) -> Tensor:
-        """Scores [B] float32."""
-        return score(self, prompts, responses).total
+        """Scores [B] float32; a response that a part masks has none, and raises."""
+        scores = score(self, prompts, responses)
+        if scores.valid is not None and not scores.valid.all():
+            raise RuntimeError("a part of the WeightedReward has no score for a response")
+        return scores.total

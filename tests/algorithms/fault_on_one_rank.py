@@ -41,6 +41,14 @@ class Lengths(Reward):
         return scores
 
 
+class InParts(Lengths):
+    """A reward with named parts of its own."""
+
+    def components(self, prompts, responses):
+        lengths = super().forward(prompts, responses)
+        return {"length": lengths, "half": lengths / 2}
+
+
 def fit(toy, folder, reward, callbacks, batches=None, validate=False, strategy="ddp"):
     module = toy.ppo(reward=reward)
     if batches is None:
@@ -107,6 +115,9 @@ def main(policy: str, output: str) -> None:
             toy, in_the_way(folder / "samples", "samples.jsonl"), Lengths(), [SampleLogger()], validate=True
         ),
         "all of one rank are masked": trained(toy, folder / "masked", Lengths(raises=MASKED, on_error="mask")),
+        "all of one rank are masked, in parts": trained(
+            toy, folder / "masked_parts", InParts(raises=MASKED, on_error="mask")
+        ),
         "a sharded part beside one that is asked again": trained(
             toy,
             folder / "again",

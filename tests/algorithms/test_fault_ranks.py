@@ -82,6 +82,7 @@ def test_what_stops_one_rank_stops_both(ranks, case, rank, reason):
 def test_responses_are_masked_by_themselves_whichever_rank_they_are_on(ranks):
     for rank in ranks:
         assert rank["all of one rank are masked"] == {"ppo_step": 3, "skipped": {}, "masked": 4}
+        assert rank["all of one rank are masked, in parts"] == {"ppo_step": 3, "skipped": {}, "masked": 4}
 
 
 def test_a_part_is_asked_again_where_another_one_is_sharded(ranks):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from elastic_lightning.algorithms import (
@@ -278,13 +280,14 @@ def test_what_a_run_could_not_write_at_its_end_is_written_when_it_is_resumed(cas
 
 
 def test_a_run_that_was_stopped_early_stays_stopped(words, tmp_path):
-    class Enough(Callback):
-        def on_validation_end(self, trainer, pl_module):
-            trainer.should_stop = trainer.global_step >= 4
+    def impatient(patience):  # no perplexity is better than 0
+        return [EarlyStopping("val/perplexity", patience=patience, stopping_threshold=None, min_delta=1e9)]
 
-    run("language_model", words, tmp_path, StopAt("on_train_end", 1, first=True), more=[Enough()])
-    resumed = run("language_model", words, tmp_path, resume=True, more=[Enough()])
+    run("language_model", words, tmp_path, StopAt("on_train_end", 1, first=True), more=impatient(1))
+    resumed = run("language_model", words, tmp_path, resume=True, more=impatient(1))
     assert resumed.global_step == 4 and (tmp_path / "run" / "final" / "config.json").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert run("language_model", words, tmp_path, resume=True, more=impatient(50)).global_step > 4
 
 
 def test_every_loggers_log_goes_back_to_the_checkpoint(words, tmp_path):
@@ -296,6 +299,15 @@ def test_every_loggers_log_goes_back_to_the_checkpoint(words, tmp_path):
     run("language_model", words, tmp_path, resume=True, loggers=another())
     assert logged(tmp_path / "other") == logged(tmp_path)
     assert [step for step, _ in logged(tmp_path / "other")["train/loss"]] == [*range(8)]
+
+
+def test_a_loggers_new_folder_keeps_no_other_from_going_back(words, tmp_path, whole):
+    def unnumbered():
+        return [TensorBoardLogger(tmp_path / "other", default_hp_metric=False)]
+
+    run("ppo", words, tmp_path, StopAt("on_before_optimizer_step", 3), loggers=unnumbered())
+    (tmp_path / "run" / "checkpoints" / "batch_000003.ckpt").unlink()
+    assert_same(tmp_path, run("ppo", words, tmp_path, resume=True, loggers=unnumbered()), *whole("ppo"))
 
 
 def test_the_runs_compared_learn_something(whole):

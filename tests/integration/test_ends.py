@@ -1,5 +1,6 @@
 """How the command line ends when it cannot go on."""
 
+import importlib
 import subprocess
 import sys
 import time
@@ -8,6 +9,7 @@ import pytest
 from safetensors import SafetensorError
 
 from elastic_lightning import cli
+from elastic_lightning.errors import UserError
 from elastic_lightning.lightning_cli import end_launched
 
 
@@ -39,6 +41,27 @@ def test_a_full_disk_is_one_line(monkeypatch, capsys, error, line):
     assert cli.main(["fit"]) == 2
     printed = capsys.readouterr().err
     assert line in printed and printed.count("\n") == 1
+
+
+def test_where_an_error_came_from_is_shown_when_asked_for(monkeypatch, capsys):
+    def run(command, argv):
+        raise UserError("no such thing") from KeyError("deep inside")
+
+    monkeypatch.setattr(cli, "_run", run)
+    for asked in (False, True):
+        if asked:
+            monkeypatch.setenv("ELASTIC_LIGHTNING_TRACEBACK", "1")
+        assert cli.main(["fit"]) == 1
+        printed = capsys.readouterr().err
+        assert ("deep inside" in printed) is asked and printed.splitlines()[-1] == "error: no such thing"
+
+
+def test_files_that_the_users_own_code_misses_are_shown_whole(monkeypatch, tmp_path):
+    (tmp_path / "mine.py").write_text("def run(command, argv):\n    open('/nowhere/at/all')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(cli, "_run", importlib.import_module("mine").run)
+    with pytest.raises(FileNotFoundError):
+        cli.main(["fit"])
 
 
 def test_a_mistake_of_our_own_is_shown_whole(monkeypatch):

@@ -221,6 +221,13 @@ def test_a_part_that_is_added_or_left_out_is_another_run():
     assert same_run(saved_by(1, trainer=with_callback), 1, trainer={"callbacks": []})  # noted, and allowed
 
 
+def test_an_option_that_one_version_alone_has_says_nothing():
+    checkpoint = saved_by(1, model={"lr": 1})
+    assert check_same_run(checkpoint, {"model": {"lr": 1, "new": 0}}, Path("a.ckpt"), 1, same_version=False) == []
+    with pytest.raises(UserError, match="model.new was None and is 0"):
+        same_run(checkpoint, 1, model={"lr": 1, "new": 0})
+
+
 def test_rows_of_a_batch_are_those_of_all_processes():
     eight, four = {"init_args": {"batch_size": 8}}, {"init_args": {"batch_size": 4}}
     assert same_run(saved_by(1, data=eight), 2, data=four) == []
@@ -246,7 +253,7 @@ def test_the_checkpoint_that_a_run_goes_on_from_is_the_last_one(finished, toy_fi
     path = finished / "checkpoints" / "batch_000003.ckpt"
     calm = at_batch(4, lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        main([*toy_fit(), callbacks(5), f"--ckpt_path={path}"])
+        main([*toy_fit(), callbacks(5), f"--ckpt_path={os.path.relpath(path)}"])
     calm()
     assert last_checkpoint(finished) == path
     assert main([*toy_fit(), callbacks(1), "--ckpt_path=last"]) == 0

@@ -163,6 +163,12 @@ def test_each_part_has_its_own_patience():
         score(WeightedReward({"moody": Moody(failures=1, retries=1), "other": Moody(failures=1)}), PROMPTS, RESPONSES)
 
 
+def test_a_masked_part_is_no_score_of_a_reward_around_it():
+    reward = WeightedReward({"moody": Moody(never=" of god", on_error="mask")})
+    with pytest.warns(UserWarning, match="masked"), pytest.raises(RuntimeError, match="no score for a response"):
+        reward(PROMPTS, RESPONSES)
+
+
 def test_no_score_at_all_is_said_once_and_masks_every_response():
     reward = Moody(failures=100, on_error="mask")
     with pytest.warns(UserWarning, match="masked; .* The first: no answer"):
