@@ -69,18 +69,17 @@ def foreign_line(error: Exception) -> str:
 def origin(trace: TracebackType | None) -> str | None:
     """The package whose code raised an error, "" for ours; None where code of the user's took part."""
     ours = f"{Path(__file__).parent}{os.sep}"
-    paths = sysconfig.get_paths()
-    libraries = [f"{paths[name]}/" for name in ("purelib", "platlib", "stdlib")]
+    standard = f"{sysconfig.get_paths()['stdlib']}{os.sep}"
     package = ""
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename
-        library = next((place for place in libraries if file.startswith(place)), None)
-        if file.startswith(ours) or library is None:
+        installed = re.search(r"[/\\](?:site|dist)-packages[/\\](\w+)", file)
+        if file.startswith((ours, "<")):
             package = ""
-            if not file.startswith((ours, "<")):
-                return None
+        elif installed or file.startswith(standard):
+            package = installed[1] if installed else "python"
         else:
-            package = file.removeprefix(library).removeprefix("site-packages/").split("/")[0]
+            return None
         trace = trace.tb_next
     return package
 

@@ -224,7 +224,7 @@ def test_a_part_that_is_added_or_left_out_is_another_run():
 def test_an_option_that_one_version_alone_has_says_nothing():
     checkpoint = saved_by(1, model={"lr": 1})
     assert check_same_run(checkpoint, {"model": {"lr": 1, "new": 0}}, Path("a.ckpt"), 1, same_version=False) == []
-    with pytest.raises(UserError, match="model.new was None and is 0"):
+    with pytest.raises(UserError, match=r"model.new was None and is 0"):
         same_run(checkpoint, 1, model={"lr": 1, "new": 0})
 
 
