@@ -114,7 +114,8 @@ class SavePretrained(Callback):
 
 
 class BatchCheckpoint(Checkpoint):
-    """Saves ``<run folder>/checkpoints/batch_<n>.ckpt`` every `every` training batches, and keeps the last ones.
+    """Saves ``<run folder>/checkpoints/batch_<n>.ckpt`` every `every` training batches and at the end, and keeps the
+    last ones.
 
     For PPO a training batch is a PPO batch; Lightning's ModelCheckpoint counts optimizer steps, of which a PPO batch
     has many and, with early stopping, not always as many. A batch is saved when all that follows it is done, its
@@ -171,6 +172,10 @@ class BatchCheckpoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save_if_due(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.batches > self.saved and not trainer.fast_dev_run:  # a run that is over may go on for longer
+            self.save(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         return {"batches": self.batches}

@@ -144,6 +144,19 @@ def test_a_checkpoint_of_another_run_says_what_differs(changed, said, finished, 
     assert scalars(finished) == before and checkpoints(finished) == ["batch_000003.ckpt", "batch_000004.ckpt"]
 
 
+def test_a_short_run_that_is_over_goes_on_for_longer(toy_fit, tmp_path, capsys):
+    """The configuration's checkpoints are 50 batches apart, and the run has four."""
+    assert main([*toy_fit(version="longer")]) == 0
+    run, whole = tmp_path / "run" / "longer", tmp_path / "run" / "whole"
+    assert checkpoints(run) == ["batch_000004.ckpt"]
+    assert main([*toy_fit(version="longer"), "--trainer.max_epochs=2", "--ckpt_path=last"]) == 0
+    assert main([*toy_fit(version="whole"), "--trainer.max_epochs=2"]) == 0
+    assert checkpoints(run)[-1] == checkpoints(whole)[-1] == "batch_000008.ckpt"
+    assert scalars(run) == scalars(whole)
+    ours, theirs = load_file(run / "final" / "model.safetensors"), load_file(whole / "final" / "model.safetensors")
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
 def test_what_else_changed_is_printed(finished, toy_fit, capsys):
     assert main([*toy_fit(), callbacks(2), "--trainer.max_epochs=2", "--ckpt_path=last"]) == 0
     printed = capsys.readouterr().out
