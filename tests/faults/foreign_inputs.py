@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from faults.wrong_inputs import REVIEWS, World, another_model, lines, row
+from faults.input_world import REVIEWS, World, another_model, lines, row
 from safetensors.torch import load_file, save_file
 
 PPO = "--model.init_args.ppo"

@@ -1,4 +1,4 @@
-"""What a user can get wrong: one clear line, a non-zero status, nothing overwritten, and soon. See `wrong_inputs`."""
+"""What a user can get wrong (see `wrong_inputs`): one clear line, a non-zero status, nothing overwritten, and soon."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 import torch
 import toy_world
 from faults import foreign_inputs, wrong_inputs
-from faults.wrong_inputs import World
+from faults.input_world import World
 from transformers import AutoTokenizer
 
 from elastic_lightning.cli import main
