@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForS
 
 from elastic_lightning.functional.output_layer import CHUNK_BYTES, CHUNK_BYTES_ACCELERATOR
 from elastic_lightning.policies import LoRA
-from elastic_lightning.policies.loading import add_lora
+from elastic_lightning.policies.adapters import add_lora
 
 FLOAT = 4  # bytes of a float32
 BLOCK, OUTER_BLOCK = 64, 256  # weights that share a scale in 4 bits, and scales that share a scale of their own

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elastic_lightning.errors import UserError
-from elastic_lightning.policies.loading import hub_offline
+from elastic_lightning.policies.reading import hub_offline
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -7,8 +7,8 @@ from typing import get_args
 
 from elastic_lightning.evaluation.arguments import Parser
 from elastic_lightning.outputs import check_writable
-from elastic_lightning.policies.loading import Dtype
 from elastic_lightning.policies.merging import merge_adapter
+from elastic_lightning.policies.sources import Dtype
 
 
 def main(argv: list[str]) -> int:

@@ -6,20 +6,13 @@ from elastic_lightning.policies.causal import CausalLM
 from elastic_lightning.policies.encoding import encode_source, encode_target, pad
 from elastic_lightning.policies.graph_sampling import GraphSampler
 from elastic_lightning.policies.language_model import PolicyLM
-from elastic_lightning.policies.loading import (
-    LoadedPolicy,
-    LoRA,
-    ModelSource,
-    as_policy,
-    load_policy,
-    load_source,
-    load_tokenizer,
-)
+from elastic_lightning.policies.loading import LoadedPolicy, as_policy, load_policy, load_source, load_tokenizer
 from elastic_lightning.policies.pairs import GameEvaluationBatch, PreferenceBatch, TranslationBatch
 from elastic_lightning.policies.reference import AdapterOff, FrozenCopy, make_reference
 from elastic_lightning.policies.rollout_copy import RolloutCopy
 from elastic_lightning.policies.sampling import Rollout, Sampling, counter_uniforms, draw, draw_lengths, greedy, sample
 from elastic_lightning.policies.seq2seq import Seq2SeqLM
+from elastic_lightning.policies.sources import LoRA, ModelSource
 from elastic_lightning.policies.text import Texts, decode_texts, ended
 from elastic_lightning.policies.translator import Translator, load_translator
 

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from elastic_lightning.errors import UserError
-from elastic_lightning.policies.loading import ModelSource, add_lora, from_architecture, from_path, load_adapter
+from elastic_lightning.policies.adapters import add_lora
+from elastic_lightning.policies.loading import from_architecture, from_path, load_adapter
 from elastic_lightning.policies.saving import ADAPTER_WEIGHTS
+from elastic_lightning.policies.sources import ModelSource
 
 HEAD = re.compile(r"\.(score|classifier(\.out_proj)?)\.weight$")  # [labels, hidden], by transformers' names
 

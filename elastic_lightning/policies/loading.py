@@ -2,106 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import pickle
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import constants
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActivation
 
 from elastic_lightning.errors import UserError
+from elastic_lightning.policies.adapters import adapter_base, add_lora
 from elastic_lightning.policies.auto import AutoLanguageModel
 from elastic_lightning.policies.causal import CausalLM
 from elastic_lightning.policies.language_model import PolicyLM
 from elastic_lightning.policies.portions import out_of_memory
 from elastic_lightning.policies.quantization import Quantization, check_quantization, quantization_config
+from elastic_lightning.policies.reading import hub_offline, readable, reason_of
 from elastic_lightning.policies.seq2seq import Seq2SeqLM
+from elastic_lightning.policies.sources import Dtype, LoRA, ModelSource
 
 PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]")  # where the tokenizer has none of its own: the first it knows, or adds
-Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-@dataclass(frozen=True)
-class LoRA:
-    """Low-rank adapters on a frozen base model (https://arxiv.org/abs/2106.09685), through peft.
-
-    Attributes:
-        rank: inner dimension of the two factors.
-        alpha: the update is scaled by alpha / rank.
-        dropout: on the adapter's input; it must stay 0 in reinforcement learning, where it breaks the policy ratio.
-        targets: module names, e.g. ``[q_proj, v_proj]``; peft's choice for the architecture by default.
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    targets: list[str] | None = None
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"lora.rank must be 1 or more, got {self.rank}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"lora.dropout must be in [0, 1), got {self.dropout}")
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Which model to load and how. Exactly one of `path` and `architecture` is given.
-
-    Attributes:
-        path: hub id or a local `save_pretrained` folder.
-        gguf_file: name of a GGUF file inside `path` (needs the extra `[gguf]`); a folder that holds one alone, and no
-            config.json, needs no name.
-        architecture: fields of a Hugging Face config for random weights, e.g. ``{model_type: gpt2, n_embd: 256}`` or
-            ``{model_type: marian, d_model: 256, encoder_layers: 3, decoder_layers: 3, scale_embedding: true}``; the
-            vocabulary size and special tokens come from the tokenizer. The decoder of an encoder-decoder starts with
-            the pad token.
-        tokenizer: hub id or folder; `path` by default.
-        dtype: of the weights.
-        attention: transformers' implementation, e.g. flash_attention_2 on a GPU; eager is faster than sdpa for short
-            texts in bfloat16 on a CPU. Transformers' choice (sdpa) by default.
-        lora: train adapters on a frozen base instead of the whole model.
-        trust_remote_code: run the python code that comes with the model; off unless asked.
-        quantization: hold the frozen base in 8 or 4 bits a weight (needs the extra `[quantization]`, and `lora`).
-    """
-
-    path: str | None = None
-    gguf_file: str | None = None
-    architecture: dict[str, Any] | None = None
-    tokenizer: str | None = None
-    dtype: Dtype = "float32"
-    attention: str | None = None
-    lora: LoRA | None = None
-    trust_remote_code: bool = False
-    quantization: Quantization | None = None
-
-    def __post_init__(self) -> None:
-        if (self.path is None) == (self.architecture is None):
-            raise UserError("give exactly one of `path` (hub id or folder) and `architecture` (random weights)")
-        if self.architecture is not None and "model_type" not in self.architecture:
-            raise UserError("`architecture` needs `model_type`, e.g. {model_type: gpt2, n_embd: 256, n_layer: 4}")
-        if self.architecture is not None and self.tokenizer is None:
-            raise UserError(
-                "`architecture` starts from random weights: say which `tokenizer` (hub id or folder) it uses"
-            )
-        if self.gguf_file is not None and self.path is None:
-            raise UserError("`gguf_file` is the name of a file inside `path`: give `path` too")
-        if self.quantization is not None and self.lora is None:
-            raise UserError("`quantization` rounds the base model, which cannot be trained then: give `lora` too")
-        if self.quantization is not None and (self.path is None or self.gguf_file is not None):
-            raise UserError(
-                "`quantization` is for a `path` that holds whole weights: not an architecture or a GGUF file"
-            )
 
 
 class LoadedPolicy(NamedTuple):
@@ -265,28 +186,7 @@ def from_architecture(
     except Exception as error:  # see `readable`
         if out_of_memory(error):
             raise
-        raise UserError(f"cannot build the architecture {model_type!r}: {_first_line(error)}") from error
-
-
-def add_lora(model: PreTrainedModel, lora: LoRA, task_type: str) -> nn.Module:
-    """Freeze `model` and add trainable low-rank adapters."""
-    from peft import LoraConfig, get_peft_model
-
-    targets = lora.targets
-    if targets is None and model.config.model_type == "marian":
-        targets = ["q_proj", "v_proj"]  # what peft chooses for BART, of the same layers; it has no choice for Marian
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=targets,
-        task_type=task_type,
-        fan_in_fan_out=model.config.model_type == "gpt2",  # its projections are Conv1D, weights stored transposed
-    )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        raise UserError(f"LoRA cannot be added: {_first_line(error)} (see lora.targets)") from error
+        raise UserError(f"cannot build the architecture {model_type!r}: {reason_of(error)}") from error
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -309,23 +209,6 @@ def fuse_gelu(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-@functools.cache
-def hub_offline(seconds: float = 5.0) -> bool:
-    """Whether the hub cannot be reached; asked once. Then only what was downloaded before can be loaded, at once.
-
-    Without asking, every file of every model would be tried six times with growing pauses, for most of a minute.
-    """
-    if constants.HF_HUB_OFFLINE:
-        return True
-    try:
-        with urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=seconds):
-            return False
-    except urllib.error.HTTPError:
-        return False  # it answered
-    except OSError:
-        return True
-
-
 def load_adapter(
     source: ModelSource, auto_class: type = AutoLanguageModel, base: str | None = None, **options: Any
 ) -> nn.Module:
@@ -343,52 +226,5 @@ def load_adapter(
         return PeftModel.from_pretrained(model, source.path, is_trainable=True)
     except Exception as error:  # see `readable`
         raise UserError(
-            f"the adapter in {source.path} does not fit its base model {base}: {_first_line(error)}"
+            f"the adapter in {source.path} does not fit its base model {base}: {reason_of(error)}"
         ) from error
-
-
-def adapter_base(path: str) -> str:
-    """The base model that an adapter folder names.
-
-    Raises:
-        UserError: it names none.
-    """
-    from peft import PeftConfig
-
-    with readable("adapter", path):
-        base = PeftConfig.from_pretrained(path).base_model_name_or_path
-    if not base:
-        raise UserError(f"{path}/adapter_config.json does not name its base model (base_model_name_or_path)")
-    return base
-
-
-@contextmanager
-def readable(what: str, path: str) -> Iterator[None]:
-    """Within this context whatever is raised is a `UserError` that names a folder or hub id: where files are missing,
-    damaged or of another kind, libraries raise exceptions of any kind."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, UserError) or out_of_memory(error):
-            raise
-        raise UserError(_not_found(what, path, error)) from error
-
-
-def _not_found(what: str, path: str, error: Exception) -> str:
-    folder = Path(path)
-    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        reason = f"no such folder: {path}" if not folder.exists() else _first_line(error)
-        return f"cannot load the {what} from {path}: {reason}"
-    return (
-        f"cannot load the {what} {path!r}: no such folder, and as a hub id it could not be fetched "
-        f"({_first_line(error)}); give a local save_pretrained folder, or check the id and the network"
-    )
-
-
-def _first_line(error: Exception) -> str:
-    if "ignore_mismatched_sizes" in str(error):  # it points to a report in the log
-        return "its weights have other shapes than its config.json says"
-    if isinstance(error, pickle.UnpicklingError):  # whose message advises to load it anyway
-        return "its weights are a pickle of more than tensors, which is never loaded, as it can run any code"
-    line = str(error).strip().split("\n")[0][:200]
-    return line if isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: {line}"

@@ -12,16 +12,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from elastic_lightning.errors import UserError
+from elastic_lightning.policies.adapters import adapter_base
 from elastic_lightning.policies.classifier import adapter_labels, is_adapter
-from elastic_lightning.policies.loading import (
-    Dtype,
-    ModelSource,
-    adapter_base,
-    hub_offline,
-    load_adapter,
-    load_tokenizer,
-)
+from elastic_lightning.policies.loading import load_adapter, load_tokenizer
+from elastic_lightning.policies.reading import hub_offline
 from elastic_lightning.policies.saving import save_model
+from elastic_lightning.policies.sources import Dtype, ModelSource
 
 CARD = "README.md"  # peft's model card names the base model
 

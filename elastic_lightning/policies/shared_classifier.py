@@ -17,11 +17,12 @@ from transformers import AutoConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from elastic_lightning.errors import UserError
+from elastic_lightning.policies.adapters import adapter_base
 from elastic_lightning.policies.causal import CausalLM
 from elastic_lightning.policies.classifier import adapter_labels, is_adapter
 from elastic_lightning.policies.language_model import PolicyLM
-from elastic_lightning.policies.loading import ModelSource, adapter_base
 from elastic_lightning.policies.saving import ADAPTER_WEIGHTS
+from elastic_lightning.policies.sources import ModelSource
 
 PREFIX, HEAD = "base_model.model.", "score.weight"
 PLAIN = {"peft_type": "LORA", "use_dora": False, "alpha_pattern": {}, "bias": "none", "lora_bias": False}

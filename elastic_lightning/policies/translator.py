@@ -8,9 +8,10 @@ from transformers import PreTrainedTokenizerBase
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies.batches import PairedTexts, Prompts, Responses
 from elastic_lightning.policies.encoding import encode_source, encode_target, pad, truncated
-from elastic_lightning.policies.loading import ModelSource, as_policy, disable_dropout, load_source
+from elastic_lightning.policies.loading import as_policy, disable_dropout, load_source
 from elastic_lightning.policies.sampling import greedy
 from elastic_lightning.policies.seq2seq import Seq2SeqLM
+from elastic_lightning.policies.sources import ModelSource
 
 
 class Translator(nn.Module):

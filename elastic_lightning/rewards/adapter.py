@@ -8,8 +8,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from elastic_lightning.policies import PolicyLM
-from elastic_lightning.policies.loading import ModelSource
 from elastic_lightning.policies.shared_classifier import SharedClassifier
+from elastic_lightning.policies.sources import ModelSource
 from elastic_lightning.rewards.preference import PreferenceReward
 
 

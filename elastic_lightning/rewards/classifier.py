@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies.classifier import pad_like, trained_classifier
-from elastic_lightning.policies.loading import ModelSource, check_vocabulary, disable_dropout, load_tokenizer
+from elastic_lightning.policies.loading import check_vocabulary, disable_dropout, load_tokenizer
 from elastic_lightning.policies.portions import Portions
+from elastic_lightning.policies.sources import ModelSource
 from elastic_lightning.rewards.base import Reward
 
 

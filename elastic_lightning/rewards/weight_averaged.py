@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies.classifier import trained_classifier
-from elastic_lightning.policies.loading import ModelSource, load_tokenizer
+from elastic_lightning.policies.loading import load_tokenizer
+from elastic_lightning.policies.sources import ModelSource
 from elastic_lightning.rewards.ensemble import distinct_names, refuse_mixed_scales
 from elastic_lightning.rewards.normalization import ScoreNormalization, read_normalization
 from elastic_lightning.rewards.preference import PreferenceReward

@@ -17,7 +17,7 @@ from memory_model import (
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from elastic_lightning.policies import LoRA, Prompts, as_policy
-from elastic_lightning.policies.loading import add_lora
+from elastic_lightning.policies.adapters import add_lora
 
 SIZE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": 100}
 CONFIG = LlamaConfig(**SIZE, num_attention_heads=4, num_key_value_heads=4)

@@ -197,7 +197,7 @@ def test_a_mistake_is_one_clear_line(name, tmp_path):
 
 
 def test_the_hub_cannot_be_reached(monkeypatch):
-    monkeypatch.setattr("elastic_lightning.policies.loading.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("elastic_lightning.policies.reading.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="nobody/no-such-data"):
         read_parallel(ParallelText("nobody/no-such-data"), ("fr", "en"))
 

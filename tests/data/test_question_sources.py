@@ -85,7 +85,7 @@ def test_the_hub_is_asked_for_a_stream_of_one_folder(hub_copy, monkeypatch):
 
 
 def test_the_hub_cannot_be_reached(monkeypatch):
-    monkeypatch.setattr("elastic_lightning.policies.loading.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("elastic_lightning.policies.reading.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"stack-exchange-paired.*data.init_args.path") as raised:
         read(None)
     assert "\n" not in str(raised.value)

@@ -33,7 +33,7 @@ toy, toy_fit = toy_world.toy, toy_world.toy_fit
 @pytest.fixture
 def world(toy, toy_fit, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("elastic_lightning.policies.loading.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("elastic_lightning.policies.reading.constants.HF_HUB_OFFLINE", True)
     return World(tmp_path, toy, toy_fit)
 
 

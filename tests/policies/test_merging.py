@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from elastic_lightning.cli import main
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import LoRA, ModelSource, load_tokenizer
-from elastic_lightning.policies.loading import add_lora, from_path
+from elastic_lightning.policies.adapters import add_lora
+from elastic_lightning.policies.loading import from_path
 from elastic_lightning.policies.merging import merge_adapter
 from elastic_lightning.policies.saving import save_model
 

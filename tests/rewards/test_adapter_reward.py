@@ -15,7 +15,8 @@ from elastic_lightning.algorithms import PPO, PPOConfig
 from elastic_lightning.callbacks import ElasticReset
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import LoRA, ModelSource, Prompts, Sampling, as_policy, load_policy, load_tokenizer
-from elastic_lightning.policies.loading import add_lora, from_path
+from elastic_lightning.policies.adapters import add_lora
+from elastic_lightning.policies.loading import from_path
 from elastic_lightning.policies.saving import save_model
 from elastic_lightning.rewards import AdapterReward, PreferenceReward, Reward, ScoreNormalization, WeightedReward
 

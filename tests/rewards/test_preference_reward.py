@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import LoRA
-from elastic_lightning.policies.loading import add_lora
+from elastic_lightning.policies.adapters import add_lora
 from elastic_lightning.rewards import ClassifierReward, PreferenceReward, ScoreNormalization, read_normalization, score
 
 
