@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import itertools
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from elastic_lightning.errors import UsageError, UserError
 from elastic_lightning.mistakes import WHOLE, as_line
+from elastic_lightning.terminal import plain, use_any_output
 
 OWN_COMMANDS = {  # name -> module with main(argv), what it does
     "pipeline": ("elastic_lightning.evaluation.pipeline", "run the stages of a pipeline file in order, then report"),
@@ -33,7 +35,11 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status. Wrong input gives one line on stderr and status 1 (2 from a parser)."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        argv = sys.argv[1:]
+        if os.name == "posix":
+            use_any_output()
+    argv = list(argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return 0 if argv else 2
@@ -115,7 +121,8 @@ def _keep_memory() -> None:
 def _fail(message: str, status: int) -> int:
     if WHOLE in os.environ:
         traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr)
+    line = re.sub(r"\s*\n\s*", " ", message)
+    print(f"error: {plain(line)}", file=sys.stderr)
     return status
 
 

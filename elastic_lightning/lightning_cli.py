@@ -36,6 +36,7 @@ from elastic_lightning.resume import (
     differences,
     resume_line,
 )
+from elastic_lightning.terminal import plain
 
 PACKAGES = (algorithms, callbacks, data, rewards)  # imported so that their classes are known by their short names
 NOT_ZERO = ("max_epochs", "max_steps", "limit_train_batches", "val_check_interval", "check_val_every_n_epoch")
@@ -107,7 +108,7 @@ class ElasticCLI(LightningCLI):
         if command != "fit" or "config" not in saved:  # else `fit` compares all of it
             given = settings.get("model", {}).get("init_args", {})
             for name, (before, now) in differences(saved.get("hyper_parameters", {}), given).items():
-                print(f"note: {name} is {now!r} here, and was {before!r} when the checkpoint was written")
+                print(plain(f"note: {name} is {now!r} here, and was {before!r} when the checkpoint was written"))
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments = super()._prepare_subcommand_kwargs(subcommand)
@@ -207,7 +208,7 @@ class ElasticCLI(LightningCLI):
         notes = check_same_run(checkpoint, self.run_config.config, path, self.trainer.world_size, same_version)
         self.run_config.resumed_from = path
         if self.trainer.is_global_zero:
-            print("".join(f"note: {note}\n" for note in notes), end="", flush=True)
+            print("".join(f"note: {plain(note)}\n" for note in notes), end="", flush=True)
 
     def after_test(self) -> None:
         values = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
@@ -216,7 +217,7 @@ class ElasticCLI(LightningCLI):
             path = Path(folder) / "test.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-            print(f"wrote {path}")
+            print(f"wrote {plain(path)}")
 
 
 def run_lightning(argv: list[str]) -> None:

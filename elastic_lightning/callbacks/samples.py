@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import html
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from elastic_lightning.ranks import alike, objects_of_ranks
+from elastic_lightning.terminal import json_line, plain
 
 
 class SampleLogger(Callback):
@@ -51,7 +53,7 @@ class SampleLogger(Callback):
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"ppo_step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(json_line({"ppo_step": step, **row}) for row in rows)
         for logger in trainer.loggers:
             if hasattr(logger.experiment, "add_text"):
                 logger.experiment.add_text("samples", _markdown(rows), step)
@@ -84,15 +86,16 @@ class ResponseWriter(BasePredictionWriter):
             path = path.with_suffix(f".rank{trainer.global_rank}{path.suffix}")
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a" if self._started else "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in prediction)
+            file.writelines(json_line(row) for row in prediction)
         if not self._started:
-            trainer.print(f"writing responses to {path}")
+            trainer.print(f"writing responses to {plain(path)}")
         self._started = True
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:
     def cell(text: str) -> str:
-        return text.replace("|", "\\|").replace("\n", " ")
+        """Text as it is: no tags, no links or pictures, no other columns."""
+        return re.sub(r"[\\`*_{}\[\]()#+!|~>]", r"\\\g<0>", html.escape(plain(text.replace("\n", " ")), quote=False))
 
     texts = [name for name, value in rows[0].items() if isinstance(value, str)]
 

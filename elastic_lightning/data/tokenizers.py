@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from elastic_lightning.errors import UserError
 from elastic_lightning.outputs import check_writable
+from elastic_lightning.terminal import plain
 
 PAD, EOS = "<pad>", "<eos>"
 
@@ -48,5 +49,5 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{output} holds a model, whose tokenizer would be written over: choose another --output")
     tokenizer = parser.instantiate_classes(arguments).data.train_tokenizer(arguments.vocabulary)
     tokenizer.save_pretrained(arguments.output)
-    print(f"tokenizer of {len(tokenizer)} tokens in {arguments.output}")
+    print(f"tokenizer of {len(tokenizer)} tokens in {plain(arguments.output)}")
     return 0

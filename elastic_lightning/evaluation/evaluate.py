@@ -34,6 +34,7 @@ from elastic_lightning.evaluation.tax import FILE, describe
 from elastic_lightning.outputs import check_writable
 from elastic_lightning.policies import ActorCritic, CausalLM, Sampling
 from elastic_lightning.rewards import Reward, score
+from elastic_lightning.terminal import PlainConsole
 
 RECORDS = "humaneval.jsonl"
 
@@ -245,16 +246,14 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: see `evaluate`.
     """
-    from rich.console import Console
-
     parser = make_parser()
     given = parser.instantiate_classes(parser.parse_args(argv))
     humaneval = given.humaneval and replace(given.humaneval, allow_code_execution=given.allow_code_execution)
     results = evaluate(given.model, given.output, given.texts, humaneval, given.questions, given.reward)
-    console = Console()
+    console = PlainConsole()
     for line in describe(results):
-        console.print(line, soft_wrap=True, highlight=False)
-    console.print(f"Wrote {_folder(given.model, given.output) / FILE}", soft_wrap=True, highlight=False)
+        console.print(line, soft_wrap=True)
+    console.print(f"Wrote {_folder(given.model, given.output) / FILE}", soft_wrap=True)
     return 0
 
 
@@ -312,7 +311,8 @@ def _fitting(
 
 
 def _progress(text: str) -> Progress:
-    return Progress(TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=PlainConsole())
 
 
 def _mean(values: Sequence[float]) -> float:

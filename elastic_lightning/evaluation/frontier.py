@@ -1,10 +1,12 @@
 """The picture of a comparison: the reward-drift frontier beside the curves over ppo_step."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 
 from elastic_lightning.evaluation.comparison import Method, common_steps, errors, moving, on_steps
+from elastic_lightning.terminal import plain
 
 LABELS = {
     "kl": "KL to the initial policy (nats per sequence)",
@@ -47,7 +49,7 @@ def draw_path(axes, method: Method, color: str) -> None:
     drift, reward = method.drift.mean(0), method.reward.mean(0)
     if len(method.runs) > 1:
         axes.plot(method.drift.T, method.reward.T, color=color, lw=0.7, alpha=0.35)
-    axes.plot(drift, reward, color=color, lw=2.2, label=method.name)
+    axes.plot(drift, reward, color=color, lw=2.2, label=as_label(method.name))
     at = np.unique(np.linspace(0, len(drift) - 1, 9).astype(int))[1:]
     bars = {"xerr": errors(method.drift)[at], "yerr": errors(method.reward)[at]} if len(method.runs) > 1 else {}
     axes.errorbar(drift[at], reward[at], **bars, fmt="o", ms=3.5, color=color, elinewidth=1, capsize=2)
@@ -55,6 +57,11 @@ def draw_path(axes, method: Method, color: str) -> None:
     resets = reset_marks(method)
     at_reset = np.interp(resets, method.steps, drift), np.interp(resets, method.steps, reward)
     axes.plot(*at_reset, ls="", marker="v", ms=11, color=color, mec="black", zorder=6)
+
+
+def as_label(name: str) -> str:
+    """A method or metric in the picture: never a formula of TeX, or "_..." which a legend leaves out."""
+    return re.sub(r"^_", " _", plain(LABELS.get(name, name)).replace("$", r"\$"))
 
 
 def draw_curve(axes, method: Method, steps, values: np.ndarray, color: str) -> None:
@@ -78,7 +85,7 @@ def label_frontier(axes, methods: list[Method], names: list[str]) -> None:
     axes.plot([], [], ls="", marker="s", ms=8, color="grey", label="end")
     if any(reset_marks(m) for m in methods):
         axes.plot([], [], ls="", marker="v", ms=9, color="grey", mec="black", label="reset")
-    label = LABELS.get(names[1], names[1])
+    label = as_label(names[1])
     reached = [m.drift.mean(0).max() for m in moving(methods)]
     # Drift starts at 0, so not a logarithm; the square root keeps a method at 2 nats in sight of one at 100.
     if reached and max(reached) > 10 * min(reached) > 0:
@@ -87,7 +94,7 @@ def label_frontier(axes, methods: list[Method], names: list[str]) -> None:
         axes.set_xticks([tick for tick in ticks if max(reached) / 100 < tick < 1.1 * max(reached) or tick == 0])
         axes.xaxis.set_major_formatter("{x:g}")
         label += ", square-root axis"
-    axes.set(xlabel=label, ylabel=LABELS.get(names[0], names[0]), title="Reward against drift (up and left is better)")
+    axes.set(xlabel=label, ylabel=as_label(names[0]), title="Reward against drift (up and left is better)")
     axes.grid(alpha=0.25)
     axes.legend(loc="lower right", framealpha=0.9)
 
@@ -95,5 +102,5 @@ def label_frontier(axes, methods: list[Method], names: list[str]) -> None:
 def label_curve(axes, name: str | None) -> None:
     """A small panel's axes; a panel without a metric goes."""
     axes.set_visible(name is not None)
-    axes.set_title(LABELS.get(name, name), fontsize=10, loc="left") if name else None
+    axes.set_title(as_label(name), fontsize=10, loc="left") if name else None
     axes.grid(alpha=0.25)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from elastic_lightning.policies import (
     sample,
 )
 from elastic_lightning.policies.checkpoints import read_checkpoint
+from elastic_lightning.terminal import json_line, plain
 
 
 def generate(
@@ -81,12 +81,11 @@ def main(argv: list[str]) -> int:
     _place(policy, arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rows = generate(policy, tokenizer, prompts, sampling, arguments.seed, arguments.samples, arguments.batch_size)
     if arguments.output:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        Path(arguments.output).write_text(lines, encoding="utf-8")
-        print(f"wrote {len(rows)} responses to {arguments.output}")
+        Path(arguments.output).write_text("".join(map(json_line, rows)), encoding="utf-8")
+        print(f"wrote {len(rows)} responses to {plain(arguments.output)}")
     else:
         for row in rows:
-            print(row["prompt"] + policy.lm.separator + row["response"])
+            print(plain(row["prompt"] + policy.lm.separator + row["response"], keep="\n\t"))
     return 0
 
 

@@ -22,6 +22,7 @@ from elastic_lightning.errors import UserError
 from elastic_lightning.evaluation.completion import PolicyCompleter
 from elastic_lightning.evaluation.sandbox import Limits, Outcome, check_sandbox, run_program
 from elastic_lightning.policies import Sampling
+from elastic_lightning.terminal import PlainConsole, json_line
 
 STOPS = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif")
 KS = (1, 10, 100)
@@ -221,7 +222,8 @@ def _test_source(problem: Problem) -> str:
 
 def _progress() -> Progress:
     passed = TextColumn("{task.fields[passed]} passed")
-    return Progress(TextColumn("HumanEval"), BarColumn(), MofNCompleteColumn(), passed, TimeRemainingColumn())
+    columns = TextColumn("HumanEval"), BarColumn(), MofNCompleteColumn(), passed, TimeRemainingColumn()
+    return Progress(*columns, console=PlainConsole())
 
 
 @contextmanager
@@ -232,5 +234,5 @@ def _lines(path: Path | None) -> Iterator[Callable[[Any], None]]:
         return
     unfinished = path.with_name(f"{path.name}.writing")
     with unfinished.open("w", encoding="utf-8", buffering=1) as file:
-        yield lambda record: file.write(json.dumps(record) + "\n")
+        yield lambda record: file.write(json_line(record))
     os.replace(unfinished, path)

@@ -9,6 +9,7 @@ from elastic_lightning.evaluation.arguments import Parser
 from elastic_lightning.outputs import check_writable
 from elastic_lightning.policies.merging import merge_adapter
 from elastic_lightning.policies.sources import Dtype
+from elastic_lightning.terminal import plain
 
 
 def main(argv: list[str]) -> int:
@@ -26,5 +27,5 @@ def main(argv: list[str]) -> int:
     given = parser.parse_args(argv)
     check_writable(Path(given.output), "the merged model")
     merge_adapter(given.folder, given.output, given.base, given.dtype, given.trust_remote_code)
-    print(f"wrote the merged model to {given.output}")
+    print(f"wrote the merged model to {plain(given.output)}")
     return 0

@@ -27,6 +27,7 @@ from elastic_lightning.evaluation.progress import LOG, Job, display, duration, t
 from elastic_lightning.evaluation.runs import DRIFT, REWARD, collect
 from elastic_lightning.evaluation.stages import Pipeline, Run, nearest, read_pipeline
 from elastic_lightning.outputs import check_writable
+from elastic_lightning.terminal import PlainConsole, cell
 
 PROGRAM = (sys.executable, "-m", "elastic_lightning.cli")
 MARKER = ".pipeline"  # lies in every folder that a pipeline made and may empty, and says what was to be made there
@@ -229,7 +230,7 @@ def run(pipeline: Pipeline, program=PROGRAM, only=None, force=False, console: Co
     Raises:
         UserError: `only` names a stage wrongly, or a run's folder holds files that no pipeline made.
     """
-    console = console or Console()
+    console = console or PlainConsole()
     began = time.monotonic()
     chosen = select(pipeline, only)
     for item in chosen:
@@ -245,7 +246,7 @@ def run(pipeline: Pipeline, program=PROGRAM, only=None, force=False, console: Co
         return 1
     close(pipeline, console)
     total = duration(time.monotonic() - began)
-    console.print(f"Finished in {total}. Runs and TensorBoard logs: {pipeline.output}", soft_wrap=True, highlight=False)
+    console.print(cell(f"Finished in {total}. Runs and TensorBoard logs: {pipeline.output}"), soft_wrap=True)
     return 0
 
 
@@ -320,7 +321,8 @@ def tell_failure(job: Job, console: Console) -> None:
     """Which run failed, why, where its log is and how it ends."""
     log = job.run.folder / LOG
     lines = [f"{job.run.name} failed: {failure(job)}", f"Its log: {log}", *(f"  {line}" for line in tail(log, 20))]
-    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    for line in lines:
+        console.print(cell(line), soft_wrap=True)
 
 
 def close(pipeline: Pipeline, console: Console) -> None:
@@ -337,7 +339,7 @@ def close(pipeline: Pipeline, console: Console) -> None:
         left_out = left_out if marked else []
         report.make_report(runs, left_out, output, tags["reward"], tags["drift"], console, complete)
     elif not report.print_measured(complete, console):
-        console.print(f"No report: no complete run logged {tags['reward']} and {tags['drift']}.", highlight=False)
+        console.print(cell(f"No report: no complete run logged {tags['reward']} and {tags['drift']}."))
 
 
 def main(argv: list[str]) -> int:

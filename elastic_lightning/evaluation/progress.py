@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from elastic_lightning.evaluation.stages import Run
+from elastic_lightning.terminal import cell, plain
 
 LOG = "log.txt"
 HEARTBEAT = 30.0  # seconds between two signs of life where the output is no terminal
@@ -46,7 +47,7 @@ def tail(path: Path, lines: int) -> list[str]:
         text = file.read().decode("utf-8", errors="replace")
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     shown = (line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n"))
-    return [line for line in shown if line][-lines:]
+    return [plain(line.expandtabs()) for line in shown if line][-lines:]
 
 
 def duration(seconds: float) -> str:
@@ -79,7 +80,7 @@ def live_table(jobs: list[Job]) -> Table:
     for job in jobs:
         state = Text(job.state, style=styles.get(job.state, "dim"))
         elapsed = duration(job.seconds) if job.started else ""
-        table.add_row(job.run.stage, str(job.run.seed), state, elapsed, Text(last_line(job), style="dim"))
+        table.add_row(job.run.stage, str(job.run.seed), state, elapsed, Text(plain(last_line(job)), style="dim"))
     return table
 
 
@@ -98,4 +99,4 @@ class Lines:
                 self.said[job.run.name] = (job.state, now)
                 elapsed = f" ({duration(job.seconds)})" if job.started and state != "waiting" else ""
                 line = f"{job.run.name}: {job.state}{elapsed}  {last_line(job)}".rstrip()
-                self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+                self.console.print(cell(line), soft_wrap=True)

@@ -8,6 +8,7 @@ import csv
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from elastic_lightning.errors import UserError
 from elastic_lightning.evaluation.arguments import Parser
@@ -25,14 +26,24 @@ from elastic_lightning.evaluation.runs import DRIFT, REWARD, Run, collect, commo
 from elastic_lightning.evaluation.tax import find, tax_rows, tax_table
 from elastic_lightning.evaluation.tested import find_tests, rows_for_csv, tables
 from elastic_lightning.outputs import check_writable
+from elastic_lightning.terminal import PlainConsole, cell, plain
+
+FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # how one begins, with full-width signs too
 
 
 def write_rows(path: Path, header: list[str], rows: list[list]) -> None:
-    """A CSV file; NaN is blank."""
+    """A CSV file; NaN is blank, and a text that a spreadsheet would take for a formula begins with an apostrophe."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows([["" if cell != cell else cell for cell in row] for row in rows])
+        writer.writerow([_no_formula(name) for name in header])
+        writer.writerows([["" if value != value else _no_formula(value) for value in row] for row in rows])
+
+
+def _no_formula(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    text = plain(value)
+    return f"'{text}" if text.lstrip().startswith(FORMULA) else text
 
 
 def write_table(path: Path, runs: list[Run], names: list[str]) -> None:
@@ -60,6 +71,7 @@ def build_table(methods: list[Method], summary: Summary, names: list[str]):
     """The table as rich prints it."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     reward, drift = names[:2]
     shown = [name for name in names[2:] if name == "perplexity" or name not in STANDARD]
@@ -69,10 +81,10 @@ def build_table(methods: list[Method], summary: Summary, names: list[str]):
     heads[f"{reward}_at_equal_{drift}"] = f"{reward} at\n{drift} {Estimate(summary.drift_level)}"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for head in ("method", "seeds", "steps", *heads.values()):
-        table.add_column(head, justify="left" if head == "method" else "right", overflow="fold")
+        table.add_column(Text(plain(head, keep="\n")), justify="left" if head == "method" else "right", overflow="fold")
     for m in methods:
         counts = [str(len(m.runs)), str(m.steps[-1])]
-        table.add_row(m.name, *counts, *(str(summary.rows[m.name][column]) for column in heads))
+        table.add_row(cell(m.name), *counts, *(str(summary.rows[m.name][column]) for column in heads))
     return table
 
 
@@ -99,7 +111,7 @@ def print_report(table, lines: list[str], console) -> None:
         console.width = max(120, console.measure(table, options=console.options.update(width=10_000)).maximum)
     console.print(table)
     for line in lines:
-        console.print(line, markup=False, highlight=False, style="dim")
+        console.print(cell(line), style="dim")
 
 
 def make_report(
@@ -126,7 +138,7 @@ def make_report(
     folders = list(folders)
     print_measured(folders, console)
     written = ["table.csv", "summary.csv", "frontier.png", *write_measured(output, folders)]
-    console.print(f"Wrote {', '.join(written)} to {output}", soft_wrap=True, highlight=False)
+    console.print(cell(f"Wrote {', '.join(written)} to {output}"), soft_wrap=True)
 
 
 def write_measured(output: Path, folders: list[Path]) -> list[str]:
@@ -154,8 +166,6 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: a folder is missing, or no run under the folders holds both tags.
     """
-    from rich.console import Console
-
     parser = Parser("report", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or one above several")
     parser.add_argument("--output", type=Path, help="default: 'report' beside the runs")
@@ -176,5 +186,5 @@ def main(argv: list[str]) -> int:
             f"report: no run with the tags {given.reward!r} and {given.drift!r} under {where}: see --reward"
         )
     output = given.output or common_parent(runs) / "report"
-    make_report(runs, left_out, output, given.reward, given.drift, Console(), given.runs)
+    make_report(runs, left_out, output, given.reward, given.drift, PlainConsole(), given.runs)
     return 0

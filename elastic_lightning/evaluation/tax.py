@@ -13,6 +13,7 @@ import numpy as np
 
 from elastic_lightning.errors import UserError
 from elastic_lightning.evaluation.comparison import Estimate, estimate
+from elastic_lightning.terminal import plain
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -109,10 +110,10 @@ def table_of(title: str, evaluated: list[Evaluated], names: list[str]) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for head in (title, "seeds", *names):
-        table.add_column(head, justify="left" if head == title else "right", overflow="fold")
+        table.add_column(plain(head), justify="left" if head == title else "right", overflow="fold")
     for method in dict.fromkeys(one.method for one in evaluated):
         seeds = [one for one in evaluated if one.method == method]
-        table.add_row(method, str(len(seeds)), *(str(_mean(seeds, name)) for name in names))
+        table.add_row(plain(method), str(len(seeds)), *(str(_mean(seeds, name)) for name in names))
     return table
 
 
