@@ -42,7 +42,8 @@ class LanguageModel(SupervisedModule):
             raise UserError(f"data's block_size {length} is longer than the model's context {context}")
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss = self._nll(batch).mean()
+        nll = self._nll(batch)
+        loss = self.weighted(nll.mean(), nll.numel())
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         return loss
 

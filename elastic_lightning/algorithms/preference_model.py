@@ -60,7 +60,7 @@ class PreferenceModel(SupervisedModule):
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         chosen, rejected = self.scores(batch)
-        loss = self._loss(chosen, rejected, batch)
+        loss = self.weighted(self._loss(chosen, rejected, batch), len(chosen))
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         self.log("train/accuracy", right_pairs(chosen, rejected).mean(), sync_dist=True)
         self.normalization_is_stale = True

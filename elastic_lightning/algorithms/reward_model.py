@@ -58,6 +58,7 @@ class RewardModel(SupervisedModule):
 
     def training_step(self, batch: LabelledTexts, batch_idx: int) -> Tensor:
         loss = torch.nn.functional.cross_entropy(self._logits(batch), batch.labels)
+        loss = self.weighted(loss, len(batch.labels))
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         return loss
 

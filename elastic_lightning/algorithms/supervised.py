@@ -28,6 +28,7 @@ from elastic_lightning.algorithms.memory import keep_memory_of_fit
 from elastic_lightning.algorithms.schedules import Schedule, schedule_factor
 from elastic_lightning.errors import NotFinite, UserError
 from elastic_lightning.policies.language_model import context_length
+from elastic_lightning.ranks import mean_of_ranks
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,11 @@ def check_texts_fit(trainer: Trainer, model: nn.Module) -> None:
 
 
 class SupervisedModule(LightningModule):
-    """A Hugging Face model trained by automatic optimization; subclasses define the steps."""
+    """A Hugging Face model trained by automatic optimization; subclasses define the steps.
+
+    A token (or row, or pair: what the loss is a mean over) weighs the same on every rank and in every batch whose
+    gradients are accumulated, however many each of them holds: the gradient is that of one batch of all of them.
+    """
 
     model: nn.Module
     optimizer_config: AdamWConfig
@@ -85,6 +90,8 @@ class SupervisedModule(LightningModule):
         self.faults = Faults("optimizer step", "optimizer.max_skipped")
         self._last_loss = torch.tensor(math.nan)  # for the message of a fault
         self.batch_skipped = False  # weight callbacks leave such a batch out of their average
+        self._weight = 0.0  # of the batch in hand, see `weighted`
+        self._accumulated = 0.0  # of the batches whose gradients the weights hold
         self.strict_loading = False  # frozen weights stay out of checkpoints; on_load_checkpoint checks the rest
 
     def setup(self, stage: str) -> None:
@@ -120,8 +127,27 @@ class SupervisedModule(LightningModule):
         self.batch_skipped = False
         torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1))
 
+    def weighted(self, loss: torch.Tensor, count: int) -> torch.Tensor:
+        """The loss of this rank's batch, a mean over `count`, as its part of the mean over all ranks: DDP averages
+        gradients, and the log losses, over ranks. `backward` does the same for batches that are accumulated."""
+        self._weight = mean_of_ranks(float(count))
+        return loss * (count / self._weight)
+
     def on_before_backward(self, loss: torch.Tensor) -> None:
         self._last_loss = loss.detach()
+
+    def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """Where gradients are accumulated they are kept as the mean so far; Lightning has divided the loss by a number
+        of batches, which may be more than there are at an epoch's end. What was dropped counts no more."""
+        batches = self.trainer.accumulate_grad_batches
+        if batches > 1 and self._weight > 0:
+            gradients = [weight.grad for weight in self.parameters() if weight.grad is not None]
+            before = self._accumulated if gradients else 0.0
+            self._accumulated = before + self._weight
+            if gradients:
+                torch._foreach_mul_(gradients, before / self._accumulated)
+            loss = loss * (batches * self._weight / self._accumulated)
+        super().backward(loss, *args, **kwargs)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Take no step of a gradient that is not finite: without gradients neither weights nor moments move. All ranks

@@ -19,7 +19,6 @@ from elastic_lightning.policies import (
     load_source,
     right_padded,
 )
-from elastic_lightning.ranks import mean_of_ranks
 
 
 class TranslationModel(SupervisedModule):
@@ -84,8 +83,7 @@ class TranslationModel(SupervisedModule):
     def training_step(self, batch: PairedTexts, batch_idx: int) -> Tensor:
         targets = batch.target.tokens[batch.target.mask]
         loss = F.cross_entropy(self._logits(batch), targets, label_smoothing=self.label_smoothing)
-        # A token weighs the same on every rank, though DDP averages gradients, and the log losses, over ranks.
-        loss = loss * (len(targets) / mean_of_ranks(float(len(targets))))
+        loss = self.weighted(loss, len(targets))
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
