@@ -17,7 +17,9 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from measure import save, table
+import yaml
+from lockstep import end_with_parent
+from measure import runnable, save, table
 
 HERE = Path(__file__).parent
 BASELINES = {
@@ -33,11 +35,13 @@ T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}  # 97.5 % quantile of Stude
 Curves = dict[str, dict[int, dict[str, list[float]]]]  # method -> seed -> metric -> values over ppo_step
 
 
-def run(output: Path) -> None:
-    """Run what is not there yet."""
+def run(output: Path, methods: list[str]) -> None:
+    """Run what is not there yet, of these methods and what they are compared with."""
     path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])  # the classes of paths.py
     command = [sys.executable, "-m", "elastic_lightning.cli", "pipeline", HERE / "learning.yaml", "--output", output]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path})
+    stages = yaml.safe_load((HERE / "learning.yaml").read_text())["stages"]
+    command += ["--only", *(name for name in stages if name in methods or name not in BASELINES)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path}, preexec_fn=end_with_parent)
 
 
 def read(file: Path) -> Curves:
@@ -77,10 +81,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("tb_logs/learning"))
     given = parser.parse_args()
-    run(given.output)
+    methods = runnable(BASELINES, lambda name: "bf16" in name)
+    run(given.output, methods)
     curves = read(given.output / "report" / "table.csv")
     rows, results = [], {}
-    for method, baseline in BASELINES.items():
+    for method in methods:
+        baseline = BASELINES[method]
         for metric in METRICS:
             result = compare(curves, method, baseline, metric)
             results[f"{method}/{metric}"] = result | {"baseline": baseline, "agrees": agrees(result)}

@@ -6,8 +6,10 @@ nothing but the standard library from here, so that a peer's virtual environment
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +17,15 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded before a fork
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+
+def end_with_parent() -> None:
+    """In a child before its program begins: however the parent ends, the kernel ends the child too, though it be in the
+    midst of an hour's batch. Linux alone has this; elsewhere a worker ends at its next turn."""
+    if LIBC is not None:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Turns:
@@ -48,7 +59,7 @@ class Worker:
     def __init__(self, name: str, python: str, script: str, options: dict[str, Any]) -> None:
         self.name = name
         reading, writing = os.pipe()
-        self.log = tempfile.NamedTemporaryFile("w+", prefix=f"{script}-", suffix=".log", delete=False)  # noqa: SIM115
+        self.log = tempfile.NamedTemporaryFile("w+", prefix=f"{Path(script).name}-", suffix=".log", delete=False)  # noqa: SIM115
         self.process = subprocess.Popen(
             [python, str(HERE / script), json.dumps(options)],
             stdin=subprocess.PIPE,
@@ -57,6 +68,7 @@ class Worker:
             pass_fds=[writing],
             env={**os.environ, "LOCKSTEP_CHANNEL": str(writing), "TOKENIZERS_PARALLELISM": "false"},
             text=True,
+            preexec_fn=end_with_parent,
         )
         os.close(writing)
         self.channel = os.fdopen(reading)

@@ -8,6 +8,7 @@ import platform
 import resource
 import statistics
 import subprocess
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,20 @@ def peak_mib() -> float:
         peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(peak.split()[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def runnable(names: Iterable[str], in_bfloat16: Callable[[str], bool]) -> list[str]:
+    """The cases that this machine computes in reasonable time: those in bfloat16 are left out, with a line that says
+    so, where it is a CPU without instructions for it and emulates every number."""
+    import torch
+
+    from elastic_lightning.algorithms.precision import missing_for_bfloat16
+
+    missing = "" if torch.cuda.is_available() else missing_for_bfloat16()
+    left_out = [name for name in names if missing and in_bfloat16(name)]
+    if left_out:
+        print(f"Left out, as this CPU has no instructions for bfloat16 ({missing}): {', '.join(left_out)}", flush=True)
+    return [name for name in names if name not in left_out]
 
 
 def synchronise() -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lockstep import end_with_parent
 from measure import peak_mib, save, table
 from memory_model import Arrangement, Batch, estimate
 from transformers import LlamaConfig
@@ -107,7 +108,8 @@ def measure(folder: str, size: str, arrangement: Arrangement) -> float:
     options = models | {"rank": arrangement.rank, "shared": arrangement.shared_reward}
     environment = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "131072", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, __file__, "--worker", json.dumps(options)]
-    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    environment = {**os.environ, **environment}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, preexec_fn=end_with_parent)
     if run.returncode:
         sys.exit(f"the worker stopped:\n{run.stderr[-2000:]}")
     return json.loads(run.stdout.splitlines()[-1])["mib"]

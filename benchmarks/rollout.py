@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 
 import torch
-from measure import save, spread, synchronise, table
+from measure import runnable, save, spread, synchronise, table
 from shapes import Shape, default_shape, prepare, prompts
 from transformers import AutoModelForCausalLM
 
@@ -129,6 +129,7 @@ def main() -> None:
     found = cases(shape)
     if given.cases:
         found = {name: run for name, run in found.items() if name.startswith(tuple(given.cases))}
+    found = {name: found[name] for name in runnable(found, lambda name: "bfloat16" in name)}
     seconds: dict[str, list[float]] = {name: [] for name in found}
     with torch.no_grad():
         for number in range(given.rounds + 1):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import itertools
 import os
@@ -30,7 +29,6 @@ LIGHTNING_COMMANDS = {
     "test": "measure on the test data, and write test.json",
     "predict": "write responses and rewards as JSONL",
 }
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,8 +69,7 @@ def _run(command: str, argv: list[str]) -> int:
             f"unknown command {command!r}; the commands are {', '.join([*LIGHTNING_COMMANDS, *OWN_COMMANDS])}"
         )
     _check_files(argv)
-    _quiet()
-    _keep_memory()
+    _prepare()
     from elastic_lightning.lightning_cli import run_lightning
 
     run_lightning([command, *argv])
@@ -92,30 +89,17 @@ def _check_files(argv: list[str]) -> None:
             raise UserError(f"{file}: expected a mapping such as `model: ...`, not a list or a value")
 
 
-def _quiet() -> None:
-    """Silence what a user of this command line can do nothing about."""
+def _prepare() -> None:
+    """Silence what a user of this command line can do nothing about, and set what libraries read as they are imported;
+    what the environment says wins."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large tensors; torch reads it as it starts
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*tensorboardX.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # on purpose: no dropout
     warnings.filterwarnings("ignore", message=".*logging interval.*")
-
-
-def _keep_memory() -> None:
-    """Let glibc keep what large tensors free instead of handing it back to the kernel.
-
-    A training step on a CPU allocates the same large tensors again and again; faulting their pages in anew each time
-    takes about a third of it.
-    """
-    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
-        return
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch: huge pages for large tensors
-    mallopt = ctypes.CDLL(None).mallopt
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(M_TOP_PAD, 64 * 2**20)
 
 
 def _fail(message: str, status: int) -> int:

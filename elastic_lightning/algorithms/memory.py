@@ -11,6 +11,7 @@ import torch
 from lightning import Trainer
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # parameters of glibc's mallopt, from malloc.h
+ENVIRONMENT = {"MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"}
 
 
 def keep_memory_of_fit(trainer: Trainer, stage: str) -> None:
@@ -25,10 +26,11 @@ def keep_freed_memory() -> bool:
     A step of training allocates and frees the same large tensors again and again. By default glibc gives each back to
     the system, which hands it out anew a page at a time, filled with zeros: up to a fifth of a PPO batch's time on a
     CPU. From here on the process holds what it needed at its peak. Other C libraries have no such switch, and
-    environment variables that set glibc's (``MALLOC_MMAP_MAX_``, ``MALLOC_TRIM_THRESHOLD_``) win.
+    where the environment sets one of glibc's (`ENVIRONMENT`, ``GLIBC_TUNABLES``) it is left to decide all of them.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is None or {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys():
+    tuned = "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", "")
+    if mallopt is None or tuned or ENVIRONMENT & os.environ.keys():
         return False
     return all(mallopt(*setting) for setting in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**26)))
 

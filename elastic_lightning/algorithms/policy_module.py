@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -18,6 +18,7 @@ from elastic_lightning.algorithms.hyperparameters import check_task
 from elastic_lightning.algorithms.memory import keep_memory_of_fit, weights_cast_once
 from elastic_lightning.algorithms.policy_metrics import PolicyMetrics
 from elastic_lightning.algorithms.policy_weights import PolicyWeights
+from elastic_lightning.algorithms.precision import warn_of_emulation, warn_of_lost_updates
 from elastic_lightning.algorithms.strategies import check_strategy
 from elastic_lightning.errors import NotFinite, UserError
 from elastic_lightning.policies import (
@@ -104,11 +105,6 @@ class PolicyModule(PolicyWeights):
         self.policy_metrics = PolicyMetrics(metrics)
         self.sampling_seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self._rows_drawn = 0  # of this evaluation, on all ranks
-        if policy.dtype != "float32" and policy.lora is None:
-            rank_zero_warn(
-                f"training all weights in {policy.dtype}: updates below its resolution are lost (at lr 1e-5 most are); "
-                "prefer policy.dtype: float32 with trainer.precision: bf16-mixed, or LoRA"
-            )
 
     # Sampling and scoring ----------------------------------------------------------------------------------------
 
@@ -325,12 +321,16 @@ class PolicyModule(PolicyWeights):
         check_strategy(self.trainer)
         check_task(self.trainer, *self.tasks)
         keep_memory_of_fit(self.trainer, stage)
+        warn_of_emulation(self, self.trainer)
         moved = any(getattr(callback, "moves_reference", False) for callback in self.trainer.callbacks)
         if moved and self.initial is self.reference:  # once: a later fit or validate finds the reference moved
             self.initial = copy.deepcopy(self.reference)  # the penalty's anchor moves; drift is still from theta_0
         longest = getattr(getattr(self.trainer, "datamodule", None), "max_prompt_tokens", None)
         if longest is not None:
             self.check_context(longest)
+
+    def on_fit_start(self) -> None:
+        warn_of_lost_updates(self, self.trainer)
 
     def teardown(self, stage: str) -> None:
         self._graph_samplers.clear()  # Lightning moves the weights from here on, and graphs hold their addresses

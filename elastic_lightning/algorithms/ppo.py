@@ -23,7 +23,7 @@ from elastic_lightning.algorithms.hyperparameters import from_plain
 from elastic_lightning.algorithms.minibatch import Lengths, MiniBatch, check_rows, micro_batches
 from elastic_lightning.algorithms.policy_module import PolicyModule
 from elastic_lightning.algorithms.ppo_config import PPOConfig
-from elastic_lightning.algorithms.schedules import schedule_factor
+from elastic_lightning.algorithms.schedules import batches_of_run, check_end, schedule_factor
 from elastic_lightning.algorithms.scored_batch import ScoredBatch
 from elastic_lightning.algorithms.supervised import can_fuse
 from elastic_lightning.errors import NotFinite, UserError
@@ -277,10 +277,19 @@ class PPO(PolicyModule):
             weight_decay=config.weight_decay,
             fused=can_fuse(self.trainer, self.device) or None,  # None lets torch choose
         )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: schedule_factor(config.schedule, step, config.warmup, self._total_batches())
-        )
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        steps = config.epochs * config.mini_batches
+
+        def factor(done: int) -> float:
+            return schedule_factor(config.schedule, done, config.warmup, batches_of_run(self.trainer, done, steps))
+
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor)}
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        check_end(self.trainer, "ppo.schedule", self.config.schedule)
+
+    def on_train_start(self) -> None:
+        check_end(self.trainer, "ppo.schedule", self.config.schedule, self.trainer.num_training_batches)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Here, and not before `step`, because a gradient scaler unscales on the way.
@@ -301,11 +310,6 @@ class PPO(PolicyModule):
     def _scaled(self) -> bool:
         """Whether a gradient scaler stands before the optimizer; it looks for infinite gradients, and expects some."""
         return getattr(self.trainer.precision_plugin, "scaler", None) is not None
-
-    def _total_batches(self) -> float:
-        """PPO batches of the whole run; infinite until the data is there, and when no end is set."""
-        epochs = self.trainer.max_epochs
-        return self.trainer.num_training_batches * epochs if epochs and epochs > 0 else float("inf")
 
     # Faults -----------------------------------------------------------------------------------------------------
 

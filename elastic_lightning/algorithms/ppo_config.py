@@ -49,7 +49,8 @@ class PPOConfig:
         weight_decay: of AdamW.
         adam_betas: of AdamW.
         adam_eps: of AdamW.
-        schedule: of the learning rate over PPO batches, after the warm-up.
+        schedule: of the learning rate over PPO batches, after the warm-up; linear and cosine reach 0 where the run
+            ends, by trainer.max_epochs or by trainer.max_steps (optimizer steps), and need one of them.
         warmup: PPO batches of linear warm-up.
         max_skipped: PPO batches of a run that may be skipped because a reward, a loss or the gradient is NaN or
             infinite; one more stops the run, and with 0 the first does.

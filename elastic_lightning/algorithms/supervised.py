@@ -25,7 +25,8 @@ from elastic_lightning.algorithms.kept_weights import (
     names_without,
 )
 from elastic_lightning.algorithms.memory import keep_memory_of_fit
-from elastic_lightning.algorithms.schedules import Schedule, schedule_factor
+from elastic_lightning.algorithms.precision import warn_of_emulation, warn_of_lost_updates
+from elastic_lightning.algorithms.schedules import Schedule, check_end, schedule_factor
 from elastic_lightning.errors import NotFinite, UserError
 from elastic_lightning.policies.language_model import context_length
 from elastic_lightning.ranks import mean_of_ranks
@@ -39,7 +40,7 @@ class AdamWConfig:
         learning_rate: peak rate.
         weight_decay: on matrices; biases and norms have none.
         betas: of AdamW.
-        schedule: after the warm-up.
+        schedule: after the warm-up; linear and cosine reach 0 where the run ends, by trainer.max_epochs or max_steps.
         warmup: optimizer steps of linear warm-up.
         max_skipped: steps of a run that may be skipped because their gradient is NaN or infinite; one more stops the
             run, and with 0 the first does.
@@ -96,6 +97,15 @@ class SupervisedModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         keep_memory_of_fit(self.trainer, stage)
+        warn_of_emulation(self, self.trainer)
+
+    def on_fit_start(self) -> None:
+        warn_of_lost_updates(self, self.trainer)
+        check_end(self.trainer, "optimizer.schedule", self.optimizer_config.schedule)
+
+    def on_train_start(self) -> None:
+        batches = self.trainer.num_training_batches
+        check_end(self.trainer, "optimizer.schedule", self.optimizer_config.schedule, batches)
 
     def configure_optimizers(self) -> dict[str, Any]:
         config = self.optimizer_config

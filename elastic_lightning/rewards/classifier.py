@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -29,7 +30,7 @@ class ClassifierReward(Reward):
         max_length: in tokens; longer texts lose their beginning. The model's own limit by default.
         batch_size: texts scored at a time, those of like length together; halved for the rest of the run where memory
             does not suffice.
-        dtype: of the weights.
+        dtype: of the weights and of the arithmetic, whatever `trainer.precision` is: a score does not depend on it.
         trust_remote_code: run the python code that comes with the model; off unless asked.
     """
 
@@ -81,6 +82,15 @@ class ClassifierReward(Reward):
         scores = self.portions.run(lambda part: self._score([rows[row] for row in order[part]]), len(rows))
         return torch.cat(scores)[torch.tensor(order, device=scores[0].device).argsort()]
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ClassifierReward:
+        """Go to another device with the module that this is a part of, but not to the precision that it trains in."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        return super()._apply(moved, recurse)
+
     def _score(self, rows: list[list[int]]) -> Tensor:
         """Scores [B] of texts given as tokens."""
         pad = self.tokenizer.pad_token_id
@@ -88,7 +98,8 @@ class ClassifierReward(Reward):
         rows = [torch.tensor(row or [pad]) for row in rows]
         tokens = pad_sequence(rows, batch_first=True, padding_value=pad).to(self.model.device)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(self.model.device)
-        logits = self.model(input_ids=tokens, attention_mask=mask).logits.float()
+        with torch.autocast(tokens.device.type, enabled=False):
+            logits = self.model(input_ids=tokens, attention_mask=mask).logits.float()
         if self.output == "logit":
             return logits[:, self.label]
         return logits[:, 0].sigmoid() if logits.shape[1] == 1 else logits.softmax(dim=1)[:, self.label]

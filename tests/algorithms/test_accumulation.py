@@ -90,9 +90,7 @@ def preference_model(folder):
 def test_accumulated_gradients_are_those_of_one_batch(toy, tmp_path, build):
     torch.manual_seed(0)
     module, batches, total = build(toy.folder)
-    module.optimizer_config = type(module.optimizer_config)(
-        learning_rate=1e-30
-    )  # the second step is of the same weights
+    module.optimizer_config = AdamWConfig(learning_rate=1e-30)  # the second step is taken with the same weights
     gradients = Gradients()
     toy.trainer(tmp_path, accumulate_grad_batches=2, callbacks=[gradients]).fit(module, toy.loader(batches))
     assert len(gradients.steps) == 2

@@ -11,6 +11,7 @@ from torch import nn
 
 from elastic_lightning.algorithms import PPO, LanguageModel, RewardModel, TranslationModel, memory
 from elastic_lightning.algorithms.memory import keep_freed_memory, weights_cast_once
+from elastic_lightning.cli import main
 
 # Prints the page faults of allocating 100 MB once more, before and after; a process of its own, for it is for good.
 FAULTS = """
@@ -36,9 +37,19 @@ def test_freed_memory_is_used_again():
     assert int(kept) < 100 < int(returned)
 
 
-def test_what_the_environment_says_wins(monkeypatch):
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
+@pytest.mark.parametrize("name", ["TRIM_THRESHOLD_", "MMAP_THRESHOLD_", "MMAP_MAX_", "TOP_PAD_", "GLIBC_TUNABLES"])
+def test_what_the_environment_says_wins(monkeypatch, name):
+    value = "glibc.malloc.trim_threshold=1000000" if name == "GLIBC_TUNABLES" else "1000000"
+    monkeypatch.setenv(name if name == "GLIBC_TUNABLES" else f"MALLOC_{name}", value)
     assert not keep_freed_memory()
+
+
+def test_the_command_line_leaves_the_allocator_to_the_training(monkeypatch, tmp_path):
+    told = []
+    monkeypatch.setattr("ctypes.CDLL", lambda name: SimpleNamespace(mallopt=lambda *setting: told.append(setting)))
+    assert main(["fit", "--config", str(tmp_path / "none.yaml")]) == 2
+    assert not told
+    assert keep_freed_memory() is False and len(told) == 1, "the spy is what the training would call"
 
 
 def test_weights_are_cast_once_and_anew_after_a_change():
@@ -77,7 +88,7 @@ def test_every_module_keeps_its_memory_when_it_trains_on_a_cpu(kind, monkeypatch
     nn.Module.__init__(module)
     module.lm, module.initial, module.reference = SimpleNamespace(longest_text=None, model=None), None, None
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    trainer = SimpleNamespace(strategy=strategy, callbacks=[], loggers=[], datamodule=None)
+    trainer = SimpleNamespace(strategy=strategy, callbacks=[], loggers=[], datamodule=None, precision="32-true")
     monkeypatch.setattr(kind, "trainer", trainer)
     monkeypatch.setattr(kind, "model", SimpleNamespace(config=SimpleNamespace()), raising=False)
     module.max_new_tokens = 1

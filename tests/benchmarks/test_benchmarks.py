@@ -1,12 +1,15 @@
 """The benchmarks measure what they say: same work on both sides, the plain path equal to ours, a limit by hand."""
 
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from learning import agrees, compare
 from lockstep import Worker
+from measure import runnable
 from paths import PlainLM, PlainPPO
 from rollout import bytes_a_token
 from shapes import Shape, doubled, prepare, prompts
@@ -40,6 +43,42 @@ def test_our_worker_runs_a_batch_a_turn(cache):
 def test_a_worker_that_stops_says_where_its_log_is(tmp_path):
     with pytest.raises(SystemExit, match="gone stopped; its log"):
         Worker("gone", sys.executable, "no_such_file.py", {})
+
+
+def alive(pid):
+    """Whether a process runs; one that has ended may wait for somebody to ask how."""
+    status = Path(f"/proc/{pid}/stat")
+    try:
+        return status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a child that its parent is gone")
+def test_a_worker_ends_with_its_driver_in_the_midst_of_a_batch(tmp_path):
+    """The worker reports that it is ready, and then computes for an hour."""
+    worker = tmp_path / "worker.py"
+    worker.write_text("import os, time\nos.write(int(os.environ['LOCKSTEP_CHANNEL']), b'{}\\n')\ntime.sleep(3600)\n")
+    drive = f"from lockstep import Worker; w = Worker('w', {sys.executable!r}, {str(worker)!r}, {{}})"
+    command = [sys.executable, "-c", f"{drive}; print(w.process.pid, flush=True); w.batch()"]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=BENCHMARKS)
+    pid = int(driver.stdout.readline())
+    assert alive(pid)
+    driver.kill()
+    driver.wait()
+    deadline = time.monotonic() + 10
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not alive(pid)
+
+
+@pytest.mark.parametrize("missing, left", [("avx512_bf16", ["fp32"]), ("", ["fp32", "bf16"])])
+def test_cases_in_bfloat16_are_left_out_where_it_is_emulated(monkeypatch, capsys, missing, left):
+    monkeypatch.setattr("elastic_lightning.algorithms.precision.missing_for_bfloat16", lambda: missing)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert runnable(["fp32", "bf16"], lambda name: "bf16" in name) == left
+    told = capsys.readouterr().out
+    assert ("no instructions for bfloat16 (avx512_bf16): bf16" in told) == bool(missing)
 
 
 def test_the_plain_path_has_our_loss_and_gradients(gpt2_folder):
