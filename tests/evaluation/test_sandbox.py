@@ -27,6 +27,9 @@ def test_right_and_wrong():
     lazy = sys.version_info >= (3, 14)
     assert trial("def f(x: Unknown): return x + 1").passed == lazy, "annotations are read as python reads them"
     assert trial("def f(x): return x + 1", "def check(f): assert f(x=2) == 3 and f(True) == 2").passed
+    lazy = "def f(x): return (i for i in (1, 2))"
+    assert not trial(lazy, "def check(f): assert f(2) == (1, 2)").passed, "a generator equals no tuple"
+    assert trial(lazy, "def check(f): assert list(f(2)) == [1, 2]").passed
 
 
 def test_at_once():
@@ -218,6 +221,77 @@ def test_accepted_without_namespaces(without_namespaces):
     assert accepted("while True: pass").reason == "the program ended early (SIGKILL)"
     for call in ("os.fork()", "os.kill(os.getppid(), 9)", "os.kill(-1, 9)", "os.execv('/bin/true', ['true'])"):
         assert accepted(f"import os\ndef f(x): {call}").reason.startswith(("PermissionError", "BlockingIOError"))
+
+
+UNFENCED = {  # what ended the whole evaluation, or stayed, each with the reason that one sample fails for
+    "a timer with a real-time signal": (
+        """
+        import ctypes
+        libc, event, timer = ctypes.CDLL(None), (ctypes.c_int * 16)(0, 0, 40, 0), ctypes.c_void_p()
+        libc.timer_create(1, event, ctypes.byref(timer))
+        libc.timer_settime(timer, 0, (ctypes.c_long * 4)(0, 0, 0, 1_000_000), None)
+        while True: pass
+        """,
+        "the program ended early (signal 40)",
+    ),
+    "a folder 3,000 levels deep": (
+        """
+        import os
+        for _ in range(3000):
+            os.mkdir("deeper")
+            os.chdir("deeper")
+        def f(x): return x + 1
+        """,
+        "its files were more than 65536 bytes, or than 256",
+    ),
+    "many files": (
+        "for i in range(9):\n    with open(str(i), 'wb') as file: file.write(bytes(2**14))\ndef f(x): return x + 1",
+        "its files were more than 65536 bytes, or than 256",
+    ),
+    "files without end": (
+        "i = 0\nwhile True:\n    i += 1\n    with open(str(i), 'wb') as file: file.write(bytes(2**14))",
+        "its files were more than 65536 bytes, or than 256",
+    ),
+}
+
+
+@AS_ROOT
+@pytest.mark.parametrize(("program", "reason"), UNFENCED.values(), ids=UNFENCED)
+def test_without_namespaces_one_sample_fails(without_namespaces, program, reason):
+    began = time.monotonic()
+    limits = Limits(file_bytes=2**16, cpu_seconds=30, wall_seconds=30)
+    assert trial(program, limits=limits, accept_missing_fences=True) == Outcome(False, reason)
+    assert time.monotonic() - began < 20
+
+
+@AS_ROOT
+def test_without_namespaces_nothing_stays(without_namespaces, tmp_path):
+    """Not even where all the world may write; the working folder and /dev/null are the program's."""
+    public, shared = tmp_path / "public", tmp_path / "public/shared"
+    public.mkdir()
+    for folder in (tmp_path, *list(tmp_path.parents)[:2]):
+        folder.chmod(0o755)
+    shared.write_text("years of work")
+    public.chmod(0o777), shared.chmod(0o666)
+    program = f"""
+        import os
+        def attempt(action, *arguments):
+            try:
+                action(*arguments)
+            except OSError as error:
+                return error.errno
+        def f():
+            name = "sandbox-test-" + os.urandom(8).hex()
+            places = ["/tmp", "/var/tmp", "/dev/shm", {str(public)!r}]
+            made = [attempt(how, place + "/" + name) for place in places for how in (os.mkdir, os.mkfifo)]
+            open("mine", "w").write("a")
+            moved = attempt(os.rename, "mine", "/tmp/" + name), attempt(os.link, "mine", "/tmp/" + name)
+            old = attempt(open, {str(shared)!r}, "a"), attempt(os.truncate, {str(shared)!r}, 0)
+            os.mkdir("inner"), os.rename("mine", "inner/mine")
+            return set(made), None in moved, old, open("inner/mine").read(), open(os.devnull, "w").write("b")
+    """
+    found(program, ({13}, False, (13, 13), "a", 1), accept_missing_fences=True)
+    assert shared.read_text() == "years of work" and list(public.iterdir()) == [shared]
 
 
 @AS_ROOT

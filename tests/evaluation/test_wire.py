@@ -26,6 +26,8 @@ VALUES = [
     {1, "a", (2, 3)},
     frozenset({1}),
     {"tuple": [1], 2: {"set": None}, (1, 2): {}},
+    range(1, 9, 3),
+    collections.deque([1, (2,)]),
 ]
 
 
@@ -58,13 +60,34 @@ def test_what_derives_from_plain_values():
         (Text("a"), "a"),
         (collections.Counter("aab"), {"a": 2, "b": 1}),
         (collections.namedtuple("Pair", "a b")(1, 2), (1, 2)),
-        ((i for i in range(3)), (0, 1, 2)),
         ({1: 2}.keys(), {1}),
-        (collections.deque([1]), (1,)),
+        (collections.UserList([1]), [1]),
     ]
     for value, expected in cases:
         assert repr(through(value)) == repr(expected)
     assert math.isnan(through(math.nan))
+
+
+ITERABLES = {  # what makes one, and the same in a program
+    "generator": "(i for i in (1, 2))",
+    "map": "map(int, (1, 2))",
+    "iterator": "iter([1, 2])",
+    "values": "{3: 1, 4: 2}.values()",
+    "array": "__import__('array').array('i', [1, 2])",
+    "deque": "__import__('collections').deque([1, 2])",
+    "range": "range(1, 3)",
+    "list": "[1, 2]",
+    "tuple": "(1, 2)",
+}
+
+
+@pytest.mark.parametrize("source", ITERABLES.values(), ids=ITERABLES)
+def test_an_iterable_equals_what_it_equals_in_python(source):
+    """Python itself says so; and what is in it comes out of it."""
+    for other in ((1, 2), [1, 2], range(1, 3), collections.deque([1, 2])):
+        assert (through(eval(source)) == other) == (eval(source) == other)
+    assert list(through(eval(source))) == [1, 2]
+    assert hasattr(through(eval(source)), "__len__") == hasattr(eval(source), "__len__")
 
 
 def test_what_can_act_stays_behind():

@@ -21,7 +21,10 @@ def trial(program, test=ADD_ONE, limits=SMALL, **options):
 def found(program, expected, limits=SMALL, **options):
     """Assert what `program`, whose f takes no arguments, finds inside."""
     outcome = trial(
-        program, f"def check(candidate):\n    found = candidate()\n    assert found == {expected!r}, found", limits
+        program,
+        f"def check(candidate):\n    found = candidate()\n    assert found == {expected!r}, found",
+        limits,
+        **options,
     )
     assert outcome.passed, outcome.reason
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import stat
 import sys
 from typing import Any
 
@@ -13,6 +14,7 @@ HOME = "/tmp"  # the program's working folder where it has a root of its own
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/nix/store", "/etc/ld.so.cache")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 OPEN_FILES = 32
+FILES = 256  # and folders, in the program's working folder
 NAMESPACES = (
     linux.CLONE_NEWNS | linux.CLONE_NEWPID | linux.CLONE_NEWNET | linux.CLONE_NEWIPC | linux.CLONE_NEWUTS
 )  # files, processes, network, shared memory, host name
@@ -56,14 +58,37 @@ def enter_own_root(place: str, owner: int, home_bytes: int) -> None:
     os.mkdir(place + HOME)
     linux.make_read_only(place)
     flags = linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
-    options = f"size={home_bytes},nr_inodes=256,mode=700,uid={owner}"
+    options = f"size={home_bytes},nr_inodes={FILES},mode=700,uid={owner}"
     linux.mount("none", place + HOME, "tmpfs", flags, options)
     linux.change_root(place)
     os.chdir(HOME)
 
 
-def confine(user: int | None, limits: dict[str, Any], processes: int) -> None:
-    """Take from this process, and all it starts, what a program needs not: limits, user, capabilities, system calls."""
+def overfull(folder: str, most_bytes: int) -> bool:
+    """Whether a working folder that is no file system of its own holds more than such a one might, or what cannot be
+    looked at, as a path too long."""
+    held, count, folders = 0, 0, [folder]
+    while folders:
+        try:
+            for entry in os.scandir(folders.pop()):
+                facts = entry.stat(follow_symlinks=False)
+                held, count = held + stat.S_ISREG(facts.st_mode) * facts.st_size, count + 1
+                if held > most_bytes or count > FILES:
+                    return True
+                if stat.S_ISDIR(facts.st_mode):
+                    folders.append(entry.path)
+        except FileNotFoundError:  # it was there a moment ago
+            continue
+        except OSError:
+            return True
+    return False
+
+
+def confine(user: int | None, limits: dict[str, Any], processes: int, writable: str | None = None) -> None:
+    """Take from this process, and all it starts, what a program needs not: limits, user, capabilities, system calls.
+
+    Where it has no root of its own, the one folder that it may write in is `writable`.
+    """
     for name, value in (
         ("CPU", limits["cpu_seconds"]),
         ("AS", limits["memory_bytes"]),
@@ -78,6 +103,13 @@ def confine(user: int | None, limits: dict[str, Any], processes: int) -> None:
         highest = resource.getrlimit(kind)[1]
         value = value if highest == resource.RLIM_INFINITY else min(value, highest)
         resource.setrlimit(kind, (value, value))
+    if writable is not None:
+        try:
+            linux.write_only_in(writable, os.devnull)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"without namespaces, files need Landlock (Linux 5.13): {error.strerror}"
+            ) from None
     if user is not None:
         os.setgroups([])
         os.setresgid(user, user, user)

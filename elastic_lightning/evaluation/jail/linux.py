@@ -43,6 +43,10 @@ MACHINES = {
     },
 }  # fmt: skip
 CLONE3, MOUNT_SETATTR = 435, 442  # from 424 on, numbers are the same everywhere
+LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
+# Of linux/landlock.h: write and truncate a file; make or remove anything in a folder, also by a link or a move.
+LANDLOCK_WRITE, LANDLOCK_TRUNCATE, LANDLOCK_IN_FOLDERS = 1 << 1, 1 << 14, 0b11_1111_1111 << 4
+TRUNCATE_KNOWN = 3  # the version from which on the kernel can forbid truncation
 FORBIDDEN_EVERYWHERE = {
     "pidfd_send_signal": 424, "io_uring_setup": 425, "open_tree": 428, "move_mount": 429, "fsopen": 430,
     "fsconfig": 431, "fsmount": 432, "fspick": 433, "pidfd_open": 434, "pidfd_getfd": 438,
@@ -52,12 +56,14 @@ FORBIDDEN_EVERYWHERE = {
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def call(name: str, *arguments: int | bytes | ctypes.Array) -> None:
+def call(name: str, *arguments: int | bytes | ctypes.Array) -> int:
     """One function of the C library; raises the `OSError` it reports. Integers are passed as longs."""
     longs = (ctypes.c_long(value) if isinstance(value, int) else value for value in arguments)
-    if getattr(_libc, name)(*longs) == -1:
+    result = getattr(_libc, name)(*longs)
+    if result == -1:
         number = ctypes.get_errno()
         raise OSError(number, f"{name}: {os.strerror(number)}")
+    return result
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
@@ -76,6 +82,21 @@ def change_root(path: str) -> None:
     call("syscall", machine()["pivot_root"], b".", b".")
     call("umount2", b".", MNT_DETACH)
     os.chdir("/")
+
+
+def write_only_in(folder: str, *files: str) -> None:
+    """Let this process, and all it starts, write to these files and below the folder, and nowhere else, for good."""
+    version = call("syscall", LANDLOCK_CREATE, 0, 0, 1)
+    writing = LANDLOCK_WRITE | (LANDLOCK_TRUNCATE if version >= TRUNCATE_KNOWN else 0)
+    rights = writing | LANDLOCK_IN_FOLDERS & ~(0 if version > 1 else 1 << 13)
+    rules = call("syscall", LANDLOCK_CREATE, struct.pack("Q", rights), 8, 0)
+    for path, allowed in ((folder, rights), *((file, writing) for file in files)):
+        place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        call("syscall", LANDLOCK_ADD, rules, 1, struct.pack("=Qi", allowed, place), 0)
+        os.close(place)
+    call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    call("syscall", LANDLOCK_RESTRICT, rules, 0)
+    os.close(rules)
 
 
 def drop_capabilities() -> None:

@@ -22,6 +22,7 @@ from typing import Any
 from . import fences, judge, linux
 
 VERDICT_BYTES = 65_536
+GLANCE = 0.02  # seconds between two looks at what the program has written
 
 
 def main() -> None:
@@ -61,9 +62,13 @@ def _watch(job: dict[str, Any], user: int | None) -> None:
     for descriptor in (*calls, *replies, verdict[1]):
         os.close(descriptor)
     seconds = job["limits"]["wall_seconds"]
-    said = _read_until(verdict[0], time.monotonic() + seconds)
+    room = job["limits"]["file_bytes"]
+    full = (lambda: False) if job["namespaces"] else (lambda: fences.overfull(job["folder"], room))
+    said = _read_until(verdict[0], time.monotonic() + seconds, full)
     status, _ = [_end(process) for process in (program, judging)]
-    if said is None:
+    if full():
+        result = {"passed": False, "reason": f"its files were more than {room} bytes, or than {fences.FILES}"}
+    elif said is None:
         result = {"passed": False, "reason": f"timed out after {seconds:g} s"}
     elif not said:
         result = {"passed": False, "reason": "the test ended early, killed at a limit"}
@@ -77,7 +82,7 @@ def _watch(job: dict[str, Any], user: int | None) -> None:
 def _judge(job: dict[str, Any], user: int | None, calls: int, replies: int, verdict: int) -> None:
     test = _read(0).decode()
     calls, replies, verdict = _keep_only(calls, replies, verdict)
-    fences.confine(None if user is None else user + 1, job["limits"], processes=1)
+    fences.confine(None if user is None else user + 1, job["limits"], 1, _writable(job))
     _silence()
     os.write(verdict, json.dumps(judge.judge(test, job["entry_point"], calls, replies)).encode())
 
@@ -87,9 +92,14 @@ def _serve(job: dict[str, Any], user: int | None, calls: int, replies: int) -> N
     calls, replies = _keep_only(calls, replies)
     # In a user namespace of one user, the doorkeeper, the warden and the judge count too.
     others = 3 if job["namespaces"] and user is None else 0
-    fences.confine(user, job["limits"], job["limits"]["processes"] + others)
+    fences.confine(user, job["limits"], job["limits"]["processes"] + others, _writable(job))
     _silence()
     judge.serve(job["source"], job["entry_point"], calls, replies)
+
+
+def _writable(job: dict[str, Any]) -> str | None:
+    """The working folder where it is no file system of its own; permissions keep the judge out of it."""
+    return None if job["namespaces"] else job["folder"]
 
 
 def _fork(action: Callable[[], object]) -> int:
@@ -115,7 +125,10 @@ def _end(process: int) -> str:
     """Kill a process, with all in its namespace if it is the first there, and wait; how it ended."""
     os.kill(process, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    return f"exit status {code}" if code >= 0 else signal.Signals(-code).name
+    if code >= 0:
+        return f"exit status {code}"
+    known = [number.name for number in signal.Signals if number == -code]  # real-time signals have no names
+    return known[0] if known else f"signal {-code}"
 
 
 def _keep_only(*descriptors: int) -> list[int]:
@@ -145,12 +158,15 @@ def _read(descriptor: int, size: int | None = None) -> bytes:
     return data
 
 
-def _read_until(descriptor: int, deadline: float) -> bytes | None:
-    """All to the end, as far as it may be long; None when it does not end in time."""
+def _read_until(descriptor: int, deadline: float, stop: Callable[[], bool]) -> bytes | None:
+    """All to the end, as far as it may be long; None when it does not end in time, or `stop` says so before."""
     data = b""
     while len(data) < VERDICT_BYTES:
-        if not select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            return None
+        left = deadline - time.monotonic()
+        if not select.select([descriptor], [], [], min(max(0.0, left), GLANCE))[0]:
+            if left <= 0 or stop():
+                return None
+            continue
         chunk = os.read(descriptor, VERDICT_BYTES)
         if not chunk:
             break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import UserList, deque
 from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
 
@@ -13,15 +14,16 @@ LONGEST = 4 * 2**20  # bytes of a line
 def encode(value: Any) -> Any:
     """JSON of a value: None, bool, int, float, complex, str, bytes, and containers of them.
 
-    Subclasses become what they derive from, and iterators tuples: what can act, such as a `__eq__` that says yes to
-    everything, stays behind.
+    Subclasses become what they derive from: what can act, such as a `__eq__` that says yes to everything, stays behind.
+    Ranges and deques stay what they are; iterators come out as iterators, and what else can be iterated over as a view,
+    of which one can know no more: none of these equals a list or a tuple.
 
     Raises:
         TypeError: a value of another type.
     """
     if value is None or isinstance(value, int | float | str):
         return value
-    if isinstance(value, list):
+    if isinstance(value, list | UserList):
         return [encode(item) for item in value]
     if isinstance(value, Mapping):
         return {"dict": [[encode(key), encode(item)] for key, item in value.items()]}
@@ -33,8 +35,12 @@ def encode(value: Any) -> Any:
         return {"complex": [value.real, value.imag]}
     if isinstance(value, bytes | bytearray):
         return {"bytes": list(value)}
+    if isinstance(value, range):
+        return {"range": [value.start, value.stop, value.step]}
     if isinstance(value, Iterable):
-        return {"tuple": [encode(item) for item in value]}
+        kinds = {"tuple": tuple, "deque": deque, "iterator": Iterator, "view": Iterable}
+        kind = next(name for name, kind in kinds.items() if isinstance(value, kind))
+        return {kind: [encode(item) for item in value]}
     raise TypeError(f"a {type(value).__name__} is no plain value")
 
 
@@ -55,7 +61,15 @@ def decode(value: Any) -> Any:
         return complex(*items)
     if kind == "bytes":
         return bytes(items)
-    return {"tuple": tuple, "set": set, "frozenset": frozenset}[kind](decode(item) for item in items)
+    if kind == "range":
+        return range(*items)
+    made = {"tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque, "iterator": iter, "view": _view}[kind]
+    return made([decode(item) for item in items])
+
+
+def _view(items: list[Any]) -> Iterable[Any]:
+    """Something with a length and items that equals nothing else."""
+    return dict(enumerate(items)).values()
 
 
 def send(descriptor: int, message: Any) -> None:
