@@ -23,6 +23,12 @@ from transformers import (
 
 torch.set_num_threads(1)
 
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+
+
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{number}" for number in range(3, 30))]  # a word's number is its id
 PAD, EOS, UNK = 0, 1, 2
 

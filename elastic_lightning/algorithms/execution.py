@@ -31,7 +31,8 @@ class Execution:
             batch for policy, reference and all epochs, and the reference shares them. The whole model by default, and
             always that of an encoder-decoder.
         cuda_graphs: on CUDA, decode with one captured graph a step in place of a few hundred kernel launches; not used
-            where the architecture cannot (encoder-decoders, windows of attention shorter than the text).
+            where the architecture cannot (encoder-decoders, ALiBi, windows of attention shorter than the text, experts
+            whose numbers the CPU asks for).
         scoring_batch_size: rows a forward when log-probabilities are only read (reference, recomputing); the whole
             PPO batch by default.
     """

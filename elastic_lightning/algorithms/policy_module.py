@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -99,7 +99,7 @@ class PolicyModule(PolicyWeights):
         self.portions = Portions(execution.scoring_batch_size, "reading log-probabilities")
         lower = execution.rollout_dtype not in (None, policy.dtype)
         self.rollout_copy = RolloutCopy(lm, getattr(torch, execution.rollout_dtype)) if lower else None
-        self._graph_samplers: dict[int, GraphSampler] = {}
+        self._graph_samplers: dict[int, GraphSampler | None] = {}
         if execution.compile:
             lm.compile_update()
         self.policy_metrics = PolicyMetrics(metrics)
@@ -117,15 +117,27 @@ class PolicyModule(PolicyWeights):
         lengths = draw_lengths(self.sampling_seed, step, rows, self.sampling)
         lm = self.actor.lm if lm is None else lm
         ends = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        columns = GraphSampler.capacity(prompts.tokens.shape[1], self.sampling)
         if self._sharded:  # every decode step of a rank gathers each layer from all: they stop together
             return sample(self.actor, prompts, self.sampling, uniforms, *ends, lm, lengths=lengths, going_on=any_rank)
+        captured = self._graph_sampler(lm, prompts.tokens.shape[1])
+        if captured is not None:
+            return captured(prompts, uniforms, lengths)
+        with weights_cast_once(self.device.type):
+            return sample(self.actor, prompts, self.sampling, uniforms, *ends, lm, lengths=lengths)
+
+    def _graph_sampler(self, lm: PolicyLM, prompt_tokens: int) -> GraphSampler | None:
+        """What decodes by captured steps, where that is asked for and this model can."""
+        columns = GraphSampler.capacity(prompt_tokens, self.sampling)
         if self.device.type != "cuda" or not self.execution.cuda_graphs or not lm.takes_static_masks(columns):
-            with weights_cast_once(self.device.type):
-                return sample(self.actor, prompts, self.sampling, uniforms, *ends, lm, lengths=lengths)
+            return None
         if id(lm) not in self._graph_samplers:
-            self._graph_samplers[id(lm)] = GraphSampler(self.actor, self.sampling, *ends, lm)
-        return self._graph_samplers[id(lm)](prompts, uniforms, lengths)
+            ends = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+            try:
+                self._graph_samplers[id(lm)] = GraphSampler(self.actor, self.sampling, *ends, lm)
+            except UserError as reason:
+                rank_zero_info(str(reason))
+                self._graph_samplers[id(lm)] = None
+        return self._graph_samplers[id(lm)]
 
     def prompts(self, batch: Any) -> Prompts:
         """The prompts of a batch of the data module: the batch itself, where it holds nothing else."""

@@ -33,7 +33,9 @@ class OffloadedAverage:
         }
         self.stream = torch.cuda.Stream(self.device) if cuda else None
         self.copied: torch.cuda.Event | None = None
-        self.thread = ThreadPoolExecutor(1, "average")
+        # A thread starts on GPU 0, and would open a context there beside that of the GPU it works for.
+        start = {"initializer": torch.cuda.set_device, "initargs": (self.device,)} if cuda else {}
+        self.thread = ThreadPoolExecutor(1, "average", **start)
         self.pending: Future | None = None
 
     def update(self) -> None:
@@ -46,7 +48,7 @@ class OffloadedAverage:
             with torch.cuda.stream(self.stream), torch.no_grad():
                 for name, tensor in self.online.items():
                     self.arrived[name].copy_(tensor, non_blocking=True)
-                self.copied = torch.cuda.Event()
+                self.copied = torch.cuda.Event(blocking=True)  # the thread sleeps until it is there
                 self.copied.record()
         self.pending = self.thread.submit(self._move)
 

@@ -148,10 +148,15 @@ class CausalLM(PolicyLM):
         return output.last_hidden_state[:, -1]
 
     def takes_static_masks(self, columns: int) -> bool:
-        """Whether a bool mask over all columns of a cache is all that attention needs: not where a window is shorter
-        than the cache, and not in the implementations that add masks up."""
-        window = getattr(self.config, "sliding_window", None)
-        return self.config._attn_implementation == "sdpa" and (window is None or window >= columns)
+        """Whether a bool mask over all columns of a cache is all that attention needs: not where a window or chunk is
+        shorter than the cache, nor past the length at which longrope takes other frequencies, and not in the
+        implementations that add masks up."""
+        limits = [getattr(self.config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        for part in (rope, *rope.values()):  # of some models each kind of layer has its own
+            if isinstance(part, dict) and part.get("rope_type") == "longrope":
+                limits.append(part.get("original_max_position_embeddings"))
+        return self.config._attn_implementation == "sdpa" and all(n is None or n >= columns for n in limits)
 
     # Texts ------------------------------------------------------------------------------------------------------
 

@@ -3,47 +3,23 @@
 A small model decodes a token in less time than Python needs to launch its kernels. A CUDA graph launches them all at
 once, but what it captured is fixed: shapes, addresses and numbers. So everything that changes from token to token lies
 in buffers that the captured step itself reads and moves on. Weights are read where they are: an optimizer step or a
-reset in place is seen by the next replay.
+reset in place is seen by the next replay, and weights that have moved are captured anew.
 """
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
+from elastic_lightning.errors import UserError
 from elastic_lightning.policies.actor_critic import ActorCritic
 from elastic_lightning.policies.batches import Prompts
-from elastic_lightning.policies.cache import PreallocatedLayer
+from elastic_lightning.policies.capture import autocast_dtype, captured, fit_for_capture
 from elastic_lightning.policies.causal import CausalLM
 from elastic_lightning.policies.sampling import Rollout, Sampling, choose, finish
-
-BUCKET = 64  # the cache's capacity is a multiple of this: prompts of like length share a graph
-WARM_UPS = 3  # runs before the capture, in which libraries allocate their workspaces
-
-
-class StaticLayer(PreallocatedLayer):
-    """Keys and values [B, H, capacity, D] that stay where they are; `column` [1] says where the next token goes."""
-
-    def __init__(self, capacity: int, column: Tensor) -> None:
-        super().__init__(capacity)
-        self.column = column
-        self.reads_prompts = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Store a prompt in the first columns, or one token in the column whose turn it is."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if self.reads_prompts:
-            self.keys[:, :, : key_states.shape[2]] = key_states
-            self.values[:, :, : value_states.shape[2]] = value_states
-            return key_states, value_states
-        self.keys.index_copy_(2, self.column, key_states)
-        self.values.index_copy_(2, self.column, value_states)
-        return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        return 0  # asked where a prompt is read; later steps bring positions and mask of their own
+from elastic_lightning.policies.static_steps import BUCKET, read_prompts, static_cache, static_steps_agree
 
 
 class GraphSampler:
@@ -56,7 +32,11 @@ class GraphSampler:
         sampling: how responses are drawn.
         eos_token_id: ends a response; None has no end.
         pad_token_id: stands after the end.
-        lm: what decodes; the policy's own model by default.
+        lm: what decodes; the policy's own model by default. What it is must not change from call to call (an adapter
+            switched off): a graph is what was captured.
+
+    Raises:
+        UserError: a static step of this model is not the step that it takes otherwise, see `static_steps_agree`.
     """
 
     def __init__(
@@ -70,7 +50,12 @@ class GraphSampler:
         self.policy, self.sampling = policy, sampling
         self.eos_token_id, self.pad_token_id = eos_token_id, pad_token_id
         self.lm = policy.lm if lm is None else lm
-        self._shapes: dict[tuple[int, int], _StaticDecode] = {}
+        if not static_steps_agree(self.lm):
+            raise UserError(
+                f"{self.lm.config.model_type} needs more than a mask over a cache of fixed size (ALiBi, as a rule): it "
+                "decodes without CUDA graphs"
+            )
+        self._shapes: dict[tuple, _StaticDecode] = {}
 
     @staticmethod
     def capacity(prompt_tokens: int, sampling: Sampling) -> int:
@@ -81,20 +66,26 @@ class GraphSampler:
         """Draw one response a prompt by `uniforms` [B, max_new_tokens] and `lengths` [B], as `sample` does."""
         if lengths is None:
             lengths = torch.full_like(prompts.tokens[:, 0], self.sampling.max_new_tokens)
-        # Validation runs in inference mode, and buffers born there could not be written to in training.
-        with torch.inference_mode(False), torch.no_grad():
+        with fit_for_capture(prompts.tokens.device):
             return self._sample(prompts, uniforms, lengths)
 
     def _sample(self, prompts: Prompts, uniforms: Tensor, lengths: Tensor) -> Rollout:
         rows, length = prompts.tokens.shape
-        capacity = self.capacity(length, self.sampling)
-        if (rows, capacity) not in self._shapes:
+        device, capacity = prompts.tokens.device, self.capacity(length, self.sampling)
+        key = rows, capacity, autocast_dtype(device), self._addresses()
+        if key not in self._shapes:
             self._shapes.clear()  # one at a time: each holds a cache of keys and values
-            self._shapes[rows, capacity] = _StaticDecode(self, rows, capacity, prompts.tokens.device)
-        decode = self._shapes[rows, capacity]
+            self._shapes[key] = _StaticDecode(self, rows, capacity, device)
+        decode = self._shapes[key]
         decode.start(prompts, uniforms, lengths)
         drawn = decode.run(int(lengths.max()))
         return finish(self.policy, prompts, *(column[:, :drawn].clone() for column in decode.outputs))
+
+    def _addresses(self) -> tuple[int, ...]:
+        """Where a captured step finds the weights: it would go on reading there when they have been moved away."""
+        modules = (self.lm, self.policy.value_head)
+        read = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+        return tuple(tensor.data_ptr() for tensor in read)
 
 
 class _StaticDecode:
@@ -120,28 +111,24 @@ class _StaticDecode:
         self.outputs = tuple(
             buffer(rows, steps, dtype=dtype) for dtype in (torch.int64, torch.bool, torch.float32, torch.float32)
         )
-        layers = [StaticLayer(capacity, self.column) for _ in range(sampler.lm.config.num_hidden_layers)]
-        self.cache = Cache(layers=layers)
+        self.cache = static_cache(sampler.lm, capacity, self.column)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def start(self, prompts: Prompts, uniforms: Tensor, lengths: Tensor) -> None:
         """Read the prompts and put every buffer at the first token."""
-        hidden = self._read(prompts)
+        lm = self.sampler.lm
+        hidden = read_prompts(lm, prompts, self.cache)
         if self.hidden is None:
             self.hidden = hidden.clone()
             if hidden.device.type == "cuda" and self.sampler.sampling.max_new_tokens > 1:
-                self._capture(prompts, uniforms, lengths)
-                hidden = self._read(prompts)  # the trial runs have written into the cache
+                with torch.cuda.device(hidden.device):
+                    self.graph = captured(self._step, lambda: self._place(prompts, uniforms, lengths))
+                if self.graph is None:
+                    name = lm.config.model_type
+                    warnings.warn(f"{name} waits for the GPU within a step: decoding without CUDA graphs", stacklevel=2)
+                hidden = read_prompts(lm, prompts, self.cache)  # the trial runs have written into the cache
         self.hidden.copy_(hidden)
         self._place(prompts, uniforms, lengths)
-
-    def _read(self, prompts: Prompts) -> Tensor:
-        for layer in self.cache.layers:
-            layer.reads_prompts = True
-        hidden = self.sampler.lm.read_prompts(prompts, self.cache)
-        for layer in self.cache.layers:
-            layer.reads_prompts = False
-        return hidden
 
     def run(self, longest: int) -> int:
         """Draw until every row has ended, the last one after `longest` tokens; returns the number of tokens drawn."""
@@ -202,16 +189,3 @@ class _StaticDecode:
         self.position_ids.copy_(prompts.mask.sum(dim=1, keepdim=True))
         self.mask.zero_()
         self.mask[:, 0, 0, :length] = prompts.mask
-
-    def _capture(self, prompts: Prompts, uniforms: Tensor, lengths: Tensor) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                self._place(prompts, uniforms, lengths)
-                self._step()
-            self._place(prompts, uniforms, lengths)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self._step()

@@ -152,12 +152,22 @@ def test_an_unmerged_adapter_and_trainable_layers_exclude_each_other(toy, tmp_pa
         PPO(ModelSource(str(tmp_path / "adapter")), toy.reward_class(), execution=Execution(trainable_layers=1))
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+@pytest.mark.parametrize("precision", ["bf16-true", pytest.param("16-true", marks=pytest.mark.cuda)])
 def test_half_precision_throughout(toy, tmp_path, precision):
-    if precision == "16-true" and not torch.cuda.is_available():
-        pytest.skip("float16 throughout needs CUDA")
     metrics = toy.fit(toy.ppo(), tmp_path, precision=precision).callback_metrics
     assert metrics["train/first_ratio_deviation"] < 0.3 and metrics["train/grad_norm"] > 0
+
+
+@pytest.mark.parametrize(("model", "captured"), [({"model_type": "gpt2"}, True), ({"model_type": "falcon"}, False)])
+def test_where_graphs_would_change_the_numbers_there_are_none(toy, monkeypatch, model, captured):
+    """What decides is asked on a CPU here; nothing is captured before something is sampled."""
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    source = ModelSource(architecture={**model, **size, "alibi": True}, tokenizer=toy.folder)
+    module = PPO(source, toy.reward_class())
+    assert module._graph_sampler(module.actor.lm, 9) is None
+    monkeypatch.setattr(PPO, "device", torch.device("cuda"))
+    assert [module._graph_sampler(module.actor.lm, 9) is not None for _ in range(2)] == [captured, captured]
+    assert PPO(source, toy.reward_class(), execution=Execution(cuda_graphs=False))._graph_sampler(None, 9) is None
 
 
 @pytest.mark.parametrize(

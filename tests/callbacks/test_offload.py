@@ -16,7 +16,6 @@ MAKES = {
     "hare": lambda **options: HareTortoise(every=2, decay=DECAY, **options),
     "ema": lambda **options: EMAOnly(decay=DECAY, validate=True, save=False, **options),
 }
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: copies on a stream of its own")
 
 
 @pytest.fixture
@@ -76,7 +75,7 @@ def test_what_goes_wrong_in_the_thread_is_not_lost(lab, tmp_path, monkeypatch):
         lab.fit(lab.plain(), tmp_path, [ElasticReset(every=3, offload=True)])
 
 
-@cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
 def test_an_offloaded_average_is_the_average_on_cuda(lab, tmp_path, make, late, monkeypatch):
     """The copy is late too: without the optimizer's wait it would read weights of the next step."""

@@ -21,6 +21,8 @@ def left_padded(rows, extra=0, pad=0):
 
 def make_actor(folder, lora=False, separate_value_trunk=False):
     """A policy whose value head, adapters and value trunk are all away from their start."""
+    if lora:
+        pytest.importorskip("peft")
     torch.manual_seed(1)
     model = load_policy(folder, lora=LoRA(rank=2, alpha=4) if lora else None).model
     actor = ActorCritic(as_policy(model), separate_value_trunk).eval()
