@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies.adapters import add_lora
+from elastic_lightning.policies.config_file import check_sizes
 from elastic_lightning.policies.loading import from_architecture, from_path, load_adapter
 from elastic_lightning.policies.saving import ADAPTER_WEIGHTS
 from elastic_lightning.policies.sources import ModelSource
@@ -100,6 +101,7 @@ def adapter_labels(path: str) -> dict[str, Any]:
         UserError: the folder holds no head.
     """
     if (Path(path) / "config.json").is_file():
+        check_sizes(path)
         config = AutoConfig.from_pretrained(path)
         return {name: getattr(config, name) for name in ("id2label", "label2id")}
     try:

@@ -15,6 +15,7 @@ from elastic_lightning.errors import UserError
 from elastic_lightning.policies.adapters import adapter_base, add_lora
 from elastic_lightning.policies.auto import AutoLanguageModel
 from elastic_lightning.policies.causal import CausalLM
+from elastic_lightning.policies.config_file import attention_of, check_counts, check_sizes
 from elastic_lightning.policies.language_model import PolicyLM
 from elastic_lightning.policies.portions import out_of_memory
 from elastic_lightning.policies.quantization import Quantization, check_quantization, quantization_config
@@ -103,6 +104,7 @@ def load_tokenizer(path: str, gguf_file: str | None = None, trust_remote_code: b
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     if not Path(path).exists() and hub_offline():
         extra["local_files_only"] = True
+    check_sizes(path)  # of the model beside it, whose config a tokenizer's class may be told by
     with readable("tokenizer", path):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **extra)
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of no file at all
@@ -132,6 +134,7 @@ def from_path(auto_class: type, source: ModelSource, new_head: bool = False, **o
     Raises:
         UserError: they cannot be loaded, or some are missing; with `new_head` those are random, to be trained.
     """
+    check_sizes(source.path)
     gguf_file = source.gguf_file or lone_gguf(source.path)
     if gguf_file is not None:
         options["gguf_file"] = gguf_file
@@ -147,7 +150,7 @@ def from_path(auto_class: type, source: ModelSource, new_head: bool = False, **o
             source.path,
             output_loading_info=True,
             dtype=getattr(torch, source.dtype),
-            attn_implementation=source.attention,
+            attn_implementation=attention_of(source),
             trust_remote_code=source.trust_remote_code,
             **options,
         )
@@ -174,6 +177,7 @@ def from_architecture(
 ) -> PreTrainedModel:
     """Random weights in the shape of `source.architecture`, with the tokenizer's vocabulary and special tokens."""
     fields = dict(source.architecture or {})
+    check_counts(fields, "`architecture`")
     model_type = fields.pop("model_type")
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
@@ -181,7 +185,7 @@ def from_architecture(
             # Its decoder starts as Marian's and T5's do, and ends where it likes.
             special |= {"decoder_start_token_id": tokenizer.pad_token_id, "forced_eos_token_id": None}
         config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **special, **options, **fields})
-        how = {"dtype": getattr(torch, source.dtype), "attn_implementation": source.attention}
+        how = {"dtype": getattr(torch, source.dtype), "attn_implementation": attention_of(source)}
         return fuse_gelu(auto_class.from_config(config, **how))
     except Exception as error:  # see `readable`
         if out_of_memory(error):

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies.adapters import adapter_base
 from elastic_lightning.policies.classifier import adapter_labels, is_adapter
+from elastic_lightning.policies.config_file import check_sizes
 from elastic_lightning.policies.loading import load_adapter, load_tokenizer
 from elastic_lightning.policies.reading import hub_offline
 from elastic_lightning.policies.saving import save_model
@@ -68,6 +69,7 @@ def stored_dtype(path: str) -> Dtype:
     """The type of a model's weights where it lies, float32 where its config does not say."""
     local = not Path(path).exists() and hub_offline()
     try:
+        check_sizes(path)
         dtype = AutoConfig.from_pretrained(path, local_files_only=local).dtype
     except Exception:  # of any kind, see `readable`
         return "float32"  # loading the model will say what is wrong

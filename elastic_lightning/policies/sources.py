@@ -51,7 +51,8 @@ class ModelSource:
         attention: transformers' implementation, e.g. flash_attention_2 on a GPU; eager is faster than sdpa for short
             texts in bfloat16 on a CPU. Transformers' choice (sdpa) by default.
         lora: train adapters on a frozen base instead of the whole model.
-        trust_remote_code: run the python code that comes with the model; off unless asked.
+        trust_remote_code: run the python code that comes with the model, or that its config.json names as attention
+            (``org/kernel``); off unless asked.
         quantization: hold the frozen base in 8 or 4 bits a weight (needs the extra `[quantization]`, and `lora`).
     """
 

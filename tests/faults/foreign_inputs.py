@@ -170,6 +170,7 @@ MODELS = {
         "pickle",
         "never loaded",
     ),
+    "a billion layers": row(lambda w: w.policy(set_in_config(n_layer=10**9)), "n_layer: 1000000000", "16 tensors"),
     "layers in words": row(lambda w: w.policy(set_in_config(n_layer="two")), "n_layer"),
     "an activation that is none": row(lambda w: w.policy(set_in_config(activation_function="geluu")), "geluu"),
     "a type that is none": row(lambda w: w.policy(set_in_config(dtype="float23")), "float23"),
