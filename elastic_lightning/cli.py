@@ -13,6 +13,7 @@ from pathlib import Path
 
 from elastic_lightning.errors import UsageError, UserError
 from elastic_lightning.mistakes import WHOLE, as_line
+from elastic_lightning.processes import end_with_parent
 from elastic_lightning.terminal import plain, use_any_output
 
 OWN_COMMANDS = {  # name -> module with main(argv), what it does
@@ -33,6 +34,7 @@ LIGHTNING_COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status. Wrong input gives one line on stderr and status 1 (2 from a parser)."""
+    end_with_parent()
     if argv is None:
         argv = sys.argv[1:]
         if os.name == "posix":
@@ -62,13 +64,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(command: str, argv: list[str]) -> int:
+    _check_files(argv)
     if command in OWN_COMMANDS:
         return importlib.import_module(OWN_COMMANDS[command][0]).main(argv)
     if command not in LIGHTNING_COMMANDS:
         raise UserError(
             f"unknown command {command!r}; the commands are {', '.join([*LIGHTNING_COMMANDS, *OWN_COMMANDS])}"
         )
-    _check_files(argv)
     _prepare()
     from elastic_lightning.lightning_cli import run_lightning
 
@@ -85,7 +87,10 @@ def _check_files(argv: list[str]) -> None:
     values = [after for before, after in itertools.pairwise(argv) if before in flags]
     values += [argument.split("=", 1)[1] for argument in argv if argument.startswith(tuple(f"{f}=" for f in flags))]
     for file in map(Path, values):
-        if file.is_file() and not isinstance(read_yaml(file), dict | None):
+        content = read_yaml(file) if file.is_file() else {}
+        if content is None:
+            raise UserError(f"{file} holds no setting, but comments at most: leave it out, or write some")
+        if not isinstance(content, dict):
             raise UserError(f"{file}: expected a mapping such as `model: ...`, not a list or a value")
 
 

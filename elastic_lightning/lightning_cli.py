@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,21 @@ from elastic_lightning import __version__, algorithms, callbacks, data, rewards
 from elastic_lightning.callbacks import BatchCheckpoint, Preemption, ResponseWriter, RunProgress
 from elastic_lightning.callbacks.preemption import Preempted
 from elastic_lightning.callbacks.run_config import RunConfig
+from elastic_lightning.callbacks.run_log import logged_in
 from elastic_lightning.errors import UserError
+from elastic_lightning.locks import locked
 from elastic_lightning.mistakes import foreign_errors_as_lines
-from elastic_lightning.outputs import check_free, check_writable
+from elastic_lightning.outputs import (
+    RUN_FILES,
+    check_absent,
+    check_free,
+    check_writable,
+    move_aside,
+    named,
+    write_whole,
+)
 from elastic_lightning.policies.checkpoints import read_checkpoint
+from elastic_lightning.processes import child_environment
 from elastic_lightning.resume import (
     check_fixed_folder,
     check_loggers,
@@ -40,6 +54,7 @@ from elastic_lightning.terminal import plain
 
 PACKAGES = (algorithms, callbacks, data, rewards)  # imported so that their classes are known by their short names
 NOT_ZERO = ("max_epochs", "max_steps", "limit_train_batches", "val_check_interval", "check_val_every_n_epoch")
+LAST_WORDS = 60.0  # seconds in which launched processes end when this one is through
 PARTS = ("model", "data", "trainer")  # of a configuration, which a checkpoint keeps
 
 
@@ -50,6 +65,8 @@ class SaveConfig(SaveConfigCallback):
         """Not yet."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.config = self.config.clone()
+        self.config["force"] = False  # of this start, and not of the run
         super().setup(trainer, pl_module, "fit")
 
 
@@ -91,6 +108,13 @@ class ElasticCLI(LightningCLI):
             args=args,
         )
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--force",
+            action="store_true",
+            help="write where something stands: fit moves another run aside, predict and test replace their file",
+        )
+
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = parser.parse_args(args)  # without Lightning's warning that sys.argv is there too
         seed = self.config[self.config["subcommand"]].get("seed_everything")
@@ -130,6 +154,8 @@ class ElasticCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         callbacks = self._get(self.config_init, "trainer").get("callbacks") or []
         extra = [ResponseWriter(), self.run_config]
+        for writer in [callback for callback in (*callbacks, *extra) if isinstance(callback, ResponseWriter)]:
+            writer.replace |= self._get(self.config, "force")
         if self._get(self.config_init, "trainer").get("enable_progress_bar") is not False and not any(
             isinstance(callback, ProgressBar) for callback in callbacks
         ):
@@ -155,14 +181,28 @@ class ElasticCLI(LightningCLI):
             super().instantiate_classes()
 
     def _run_subcommand(self, subcommand: str) -> None:
+        launcher = self.trainer.strategy.launcher
+        launches = isinstance(launcher, _SubprocessScriptLauncher)
+        if launches:  # these processes end with this one, which lets them come to their end
+            os.environ.update(child_environment())
+            atexit.register(lambda: end_launched(launcher.procs, LAST_WORDS))
         try:
-            with foreign_errors_as_lines(lambda: self.trainer.global_step == 0):
+            with self._one_writer(subcommand), foreign_errors_as_lines(lambda: self.trainer.global_step == 0):
                 super()._run_subcommand(subcommand)
         except Exception:
-            launcher = self.trainer.strategy.launcher
-            if isinstance(launcher, _SubprocessScriptLauncher):  # which ends the others on Ctrl-C alone
-                atexit.register(end_launched, launcher.procs)  # when this process has said why
+            if launches:  # Lightning ends the others on Ctrl-C alone
+                atexit.register(lambda: end_launched(launcher.procs))  # when this process has said why
             raise
+
+    @contextmanager
+    def _one_writer(self, subcommand: str) -> Iterator[None]:
+        """Let nobody else train in the run's folder; the first rank holds it for all."""
+        trainer = self.trainer
+        folder = Path(trainer.log_dir) if trainer.log_dir and not trainer.fast_dev_run else None
+        self.made = [path for path in (folder, *folder.parents) if not path.exists()] if folder else []
+        held = subcommand == "fit" and folder and trainer.is_global_zero
+        with locked(folder, "elastic-lightning fit") if held else nullcontext():
+            yield
 
     def fit(self, **arguments: Any) -> None:
         trainer = self.trainer
@@ -170,15 +210,12 @@ class ElasticCLI(LightningCLI):
         if zero is not None:
             raise UserError(f"trainer.{zero} must not be 0")
         folder = Path(trainer.log_dir) if trainer.log_dir and not trainer.fast_dev_run else None
-        resuming = arguments.get("ckpt_path") is not None
+        path = arguments.get("ckpt_path")
         first = trainer.is_global_zero  # which may have begun to write when another rank comes here
-        if first and folder and not resuming:
-            check_free(folder)
-        missing = [path for path in (folder, *folder.parents) if not path.exists()] if folder else []
-        fresh = folder in missing
-        if resuming:
-            path = arguments["ckpt_path"]
-            self._check_resume(path)
+        own = path is not None and self._check_resume(path, folder)
+        if first and folder and not own:
+            self._begin(folder)
+        fresh = folder in self.made
         try:
             self.trainer.fit(**arguments)
         except Preempted as stop:
@@ -189,7 +226,7 @@ class ElasticCLI(LightningCLI):
                 for logger in self.trainer.loggers:
                     logger.finalize("failed")
                 shutil.rmtree(folder, ignore_errors=True)  # nothing was trained: leave nothing in the way of a retry
-                for parent in missing[1:]:
+                for parent in self.made[1:]:
                     if parent.is_dir() and not any(parent.iterdir()):
                         parent.rmdir()
             elif first and folder and isinstance(error, Exception) and not folder.is_dir():
@@ -199,8 +236,19 @@ class ElasticCLI(LightningCLI):
                 raise UserError("stopped by SIGTERM before a batch was trained: nothing was saved") from None
             raise
 
-    def _check_resume(self, path: Path) -> None:
-        """Refuse a checkpoint that the run cannot go on from, and say what of its settings is different."""
+    def _begin(self, folder: Path) -> None:
+        """Have a folder ready for a run that is not there yet: refused where another one is, or moved aside."""
+        taken = named(folder, RUN_FILES)
+        if taken and self._get(self.config, "force"):
+            print(plain(f"note: what was in {folder} is in {move_aside(folder, taken)} now"), flush=True)
+        check_free(folder)
+
+    def _check_resume(self, path: Path, folder: Path | None) -> bool:
+        """Refuse a checkpoint that the run cannot go on from, and say what of its settings is different.
+
+        Returns:
+            Whether it is of the run in this folder: it lies there, or what it says was logged does.
+        """
         checkpoint = read_checkpoint(path)
         check_whole(checkpoint, path)
         check_loggers(self.trainer.loggers)
@@ -209,14 +257,20 @@ class ElasticCLI(LightningCLI):
         self.run_config.resumed_from = path
         if self.trainer.is_global_zero:
             print("".join(f"note: {plain(note)}\n" for note in notes), end="", flush=True)
+        inside = folder is not None and folder.resolve() in path.resolve().parents
+        return inside or (folder is not None and logged_in(folder, checkpoint.get("run_log", {})))
+
+    def before_test(self) -> None:
+        folder = self.trainer.log_dir  # asked for on every rank: the first one tells the others
+        if self.trainer.is_global_zero and folder:
+            check_absent(Path(folder) / "test.json", self._get(self.config, "force"))
 
     def after_test(self) -> None:
         values = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         folder = self.trainer.log_dir  # asked for on every rank: the first one tells the others
         if self.trainer.is_global_zero and folder:
             path = Path(folder) / "test.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            write_whole(path, json.dumps(values, indent=2) + "\n")
             print(f"wrote {plain(path)}")
 
 

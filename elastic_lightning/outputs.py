@@ -1,8 +1,11 @@
-"""Folders to write to: whether they can be, looked at before there is anything to lose."""
+"""Places to write to: whether they can be, and whose work stands there, looked at before there is anything to lose."""
 
 from __future__ import annotations
 
 import os
+import re
+import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from elastic_lightning.errors import UserError
@@ -11,12 +14,14 @@ RUN_FILES = (
     "events.out.tfevents.*",
     "metrics.csv",
     "config.yaml",
+    "hparams.yaml",
     "samples.jsonl",
     "checkpoints",
     "final",
     "best",
     "ema",
 )
+ASIDE = re.compile(r"\.old-\d+$")  # ends the name of what was moved aside
 
 
 def check_writable(folder: Path, what: str) -> None:
@@ -30,9 +35,57 @@ def check_writable(folder: Path, what: str) -> None:
 
 def check_free(folder: Path) -> None:
     """Raise a `UserError` where a new run would write over another one's files, or anybody's of such a name."""
-    taken = next((path for pattern in RUN_FILES for path in sorted(folder.glob(pattern))), None)
+    taken = next(iter(named(folder, RUN_FILES)), None)
     if taken is not None:
         raise UserError(
             f"{folder} already holds a run ({taken.name}): remove it, choose another trainer.logger.init_args.version "
-            "(without a logger: trainer.default_root_dir), or resume with --ckpt_path"
+            "(without a logger: trainer.default_root_dir), resume from its own checkpoint with --ckpt_path, or have it "
+            "moved aside with --force"
         )
+
+
+def check_absent(path: Path, force: bool = False) -> None:
+    """Raise a `UserError` where a file to write is there already, a link too; `force` gives up files and links."""
+    if not os.path.lexists(path):
+        return
+    mode = path.lstat().st_mode
+    link = f"a link to {os.readlink(path)}" if stat.S_ISLNK(mode) else None
+    if not link and not stat.S_ISREG(mode):
+        raise UserError(f"cannot write {path}: what is there is not a file")
+    if not force:
+        raise UserError(f"{path} is there already{f' ({link})' if link else ''}: --force replaces it")
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file that is whole or not there; where it was there, it is replaced and, of a link, the link alone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(path.name + ".writing")
+    fresh.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(fresh, path)
+
+
+def named(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """What lies right in a folder by one of these names, in their order."""
+    return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+
+
+def move_aside(path: Path, inside: Iterable[Path] | None = None) -> Path:
+    """Rename a file or folder to ``<name>.old-<N>``, the first N that is free; or, in that order, what lies `inside`.
+
+    Returns:
+        The new name.
+    """
+    number = next(n for n in range(1, 10**9) if not os.path.lexists(f"{path}.old-{n}"))
+    old = path.with_name(f"{path.name}.old-{number}")
+    if inside is None:
+        os.rename(path, old)
+        return old
+    old.mkdir()
+    for item in inside:
+        os.rename(item, old / item.name)
+    return old
+
+
+def is_aside(path: Path) -> bool:
+    """Whether something was moved aside, or lies in a folder that was."""
+    return any(ASIDE.search(part) for part in path.parts)

@@ -131,7 +131,7 @@ def resume_line(argv: list[str]) -> str:
     for argument in rest:
         if argument == "--ckpt_path":
             next(rest, None)
-        elif not argument.startswith("--ckpt_path="):
+        elif not argument.startswith("--ckpt_path=") and argument != "--force":
             kept.append(argument)
     return shlex.join(["elastic-lightning", *kept, "--ckpt_path=last"])
 

@@ -27,6 +27,13 @@ def mark(trainer: Trainer) -> dict[str, int]:
     return {f"{prefix}{path.name}": path.stat().st_size for prefix, place in folders.items() for path in _logs(place)}
 
 
+def logged_in(folder: Path, marks: dict[str, int]) -> bool:
+    """Whether the event files that were marked lie in a folder, whole: nobody else's have their names."""
+    own = {name: size for name, size in marks.items() if name.startswith("events.")}
+    there = {path.name: path.stat().st_size for path in _logs(folder)}
+    return bool(own) and all(there.get(name, -1) >= size for name, size in own.items())
+
+
 def rewind(trainer: Trainer, marks: dict[str, int]) -> None:
     """Remove what was logged after `marks` were taken, so that the resumed run logs each step once.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from elastic_lightning.outputs import check_absent
 from elastic_lightning.ranks import alike, objects_of_ranks
 from elastic_lightning.terminal import json_line, plain
 
@@ -62,13 +64,24 @@ class SampleLogger(Callback):
 class ResponseWriter(BasePredictionWriter):
     """Writes what ``predict`` returns as JSONL, one line a response; other ranks than the first add their number.
 
+    The file has its name when it is whole; until then ``<name>.writing``.
+
     Args:
         path: of the file; ``<run folder>/predictions.jsonl`` by default.
+        replace: a file that is there already; else it is refused before anything is generated.
     """
 
-    def __init__(self, path: str | None = None) -> None:
+    def __init__(self, path: str | None = None, replace: bool = False) -> None:
         super().__init__("batch")
-        self.path = path
+        self.path, self.replace = path, replace
+        self._started = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "predict":
+            path = self._file(trainer)
+            alike(lambda: check_absent(path, self.replace))
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = False
 
     def write_on_batch_end(
@@ -81,15 +94,25 @@ class ResponseWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        path = Path(self.path or f"{trainer.log_dir or trainer.default_root_dir}/predictions.jsonl")
-        if trainer.global_rank > 0:
-            path = path.with_suffix(f".rank{trainer.global_rank}{path.suffix}")
+        path = self._file(trainer)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a" if self._started else "w", encoding="utf-8") as file:
+        with _unfinished(path).open("a" if self._started else "w", encoding="utf-8") as file:
             file.writelines(json_line(row) for row in prediction)
         if not self._started:
             trainer.print(f"writing responses to {plain(path)}")
         self._started = True
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._started:
+            os.replace(_unfinished(self._file(trainer)), self._file(trainer))
+
+    def _file(self, trainer: Trainer) -> Path:
+        path = Path(self.path or f"{trainer.log_dir or trainer.default_root_dir}/predictions.jsonl")
+        return path.with_suffix(f".rank{trainer.global_rank}{path.suffix}") if trainer.global_rank > 0 else path
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f"{path.name}.writing")
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:

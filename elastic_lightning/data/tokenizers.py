@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from elastic_lightning.errors import UserError
-from elastic_lightning.outputs import check_writable
+from elastic_lightning.outputs import check_absent, check_writable
 from elastic_lightning.terminal import plain
 
 PAD, EOS = "<pad>", "<eos>"
@@ -42,11 +42,14 @@ def main(argv: list[str]) -> int:
     parser.add_subclass_arguments(TextDataModule, "data", required=True, help="the data module")
     parser.add_argument("--vocabulary", type=int, default=8192, help="number of tokens")
     parser.add_argument("--output", type=str, required=True, help="folder to write")
+    parser.add_argument("--force", action="store_true", help="replace a tokenizer that is there")
     arguments = parser.parse_args(argv)
     output = Path(arguments.output)
     check_writable(output, "the tokenizer")
     if (output / "config.json").exists():
         raise UserError(f"{output} holds a model, whose tokenizer would be written over: choose another --output")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        check_absent(output / name, arguments.force)
     tokenizer = parser.instantiate_classes(arguments).data.train_tokenizer(arguments.vocabulary)
     tokenizer.save_pretrained(arguments.output)
     print(f"tokenizer of {len(tokenizer)} tokens in {plain(arguments.output)}")

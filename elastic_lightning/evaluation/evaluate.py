@@ -7,7 +7,6 @@ held-out questions. `elastic-lightning report` shows the file beside the trainin
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -31,7 +30,8 @@ from elastic_lightning.evaluation.humaneval import (
 )
 from elastic_lightning.evaluation.perplexity import Document, check_windows, sliding_perplexity, tokens_to_score
 from elastic_lightning.evaluation.tax import FILE, describe
-from elastic_lightning.outputs import check_writable
+from elastic_lightning.locks import locked
+from elastic_lightning.outputs import check_absent, check_writable, write_whole
 from elastic_lightning.policies import ActorCritic, CausalLM, Sampling
 from elastic_lightning.rewards import Reward, score
 from elastic_lightning.terminal import PlainConsole
@@ -104,10 +104,11 @@ def evaluate(
     humaneval: HumanEvalOptions | None = None,
     questions: QuestionOptions | None = None,
     reward: Reward | None = None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Measure a model; each part is written to `evaluation.json` as soon as it is there.
 
-    Parts that an earlier call measured for the same model, and this one is not asked for, stay in the file.
+    Parts that an earlier call measured for the same model stay in the file until they are measured anew.
 
     Args:
         model: a `save_pretrained` folder, a hub id or a checkpoint of a PPO run.
@@ -116,15 +117,18 @@ def evaluate(
         humaneval: how programs are written and run.
         questions: what is asked; needs `reward`.
         reward: scores the answers.
+        force: replace a file of another model, or of somebody else.
 
     Returns:
         What the file holds: `model`, and of `perplexity`, `humaneval` and `reward` those that were measured.
 
     Raises:
-        UserError: an option or a file is wrong (before anything is measured), or a part failed.
+        UserError: an option or a file is wrong, or a file would be written over (before anything is measured), or a
+            part failed.
     """
     folder = _folder(model, output)
     check_writable(folder, FILE)
+    _earlier(folder, model, humaneval is not None, force)
     if not any((texts, humaneval, questions)):
         raise UserError("evaluate: nothing to measure: give texts.path, humaneval.path or questions.path")
     if (questions is None) != (reward is None):
@@ -152,12 +156,11 @@ def evaluate(
         )
     if humaneval is not None:
         parts["humaneval"] = lambda: measure_humaneval(policy, tokenizer, humaneval, folder)
-    results = _earlier(folder, model)
-    for name in parts:
-        results.pop(name, None)
-    for name, measure in parts.items():
-        results[name] = measure()
-        write(folder / FILE, results)
+    with locked(folder, "elastic-lightning evaluate"):
+        results = _earlier(folder, model, humaneval is not None, force)
+        for name, measure in parts.items():
+            results[name] = measure()
+            write_whole(folder / FILE, json.dumps(results, indent=2) + "\n")
     return results
 
 
@@ -232,14 +235,6 @@ def measure_humaneval(
     return evaluate_humaneval(completer, options, folder / RECORDS)["summary"]
 
 
-def write(path: Path, results: dict[str, Any]) -> None:
-    """Write JSON that is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".writing")
-    fresh.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    os.replace(fresh, path)
-
-
 def main(argv: list[str]) -> int:
     """Parse the arguments, measure, print and write.
 
@@ -249,7 +244,7 @@ def main(argv: list[str]) -> int:
     parser = make_parser()
     given = parser.instantiate_classes(parser.parse_args(argv))
     humaneval = given.humaneval and replace(given.humaneval, allow_code_execution=given.allow_code_execution)
-    results = evaluate(given.model, given.output, given.texts, humaneval, given.questions, given.reward)
+    results = evaluate(given.model, given.output, given.texts, humaneval, given.questions, given.reward, given.force)
     console = PlainConsole()
     for line in describe(results):
         console.print(line, soft_wrap=True)
@@ -271,6 +266,7 @@ def make_parser():
     parser.add_argument(
         "--allow-code-execution", action="store_true", help="let HumanEval run what the model wrote, in its sandbox"
     )
+    parser.add_argument("--force", action="store_true", help=f"replace {FILE} of another model, or of somebody else")
     return parser
 
 
@@ -288,13 +284,25 @@ def _folder(model: str, output: str | Path | None) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def _earlier(folder: Path, model: str) -> dict[str, Any]:
-    """What the file holds of this model, or the beginning of a new one."""
+def _earlier(folder: Path, model: str, humaneval: bool, force: bool) -> dict[str, Any]:
+    """What the file holds of this model, or the beginning of a new one; raises where a file of another one is there."""
+    file, results = folder / FILE, {"model": model}
     try:
-        results = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {"model": model}
-    return results if isinstance(results, dict) and results.get("model") == model else {"model": model}
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() and not file.is_symlink() else None
+    except ValueError:
+        found = None
+    if isinstance(found, dict) and isinstance(found.get("model"), str) and _same(found["model"], model):
+        results |= found | results
+    else:
+        check_absent(file, force)
+    if humaneval and "humaneval" not in results:
+        check_absent(folder / RECORDS, force)
+    return results
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two hub ids or paths are of one model."""
+    return one == other or (Path(one).exists() and Path(one).resolve() == Path(other).resolve())
 
 
 def _fitting(

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from elastic_lightning.data.parallel import read_lines
 from elastic_lightning.errors import UserError
 from elastic_lightning.evaluation.arguments import Parser
-from elastic_lightning.outputs import check_writable
+from elastic_lightning.outputs import check_absent, check_writable, write_whole
 from elastic_lightning.policies import (
     ActorCritic,
     LoRA,
@@ -81,7 +81,8 @@ def main(argv: list[str]) -> int:
     _place(policy, arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rows = generate(policy, tokenizer, prompts, sampling, arguments.seed, arguments.samples, arguments.batch_size)
     if arguments.output:
-        Path(arguments.output).write_text("".join(map(json_line, rows)), encoding="utf-8")
+        check_absent(Path(arguments.output), arguments.force)  # it may have come meanwhile
+        write_whole(Path(arguments.output), "".join(map(json_line, rows)))
         print(f"wrote {len(rows)} responses to {plain(arguments.output)}")
     else:
         for row in rows:
@@ -134,6 +135,7 @@ def _check(arguments: argparse.Namespace) -> None:
     check_writable(output.absolute().parent, "responses")
     if arguments.prompts_file and output.exists() and output.samefile(arguments.prompts_file):
         raise UserError(f"--output would be written over the prompts in {output}: give another file")
+    check_absent(output, arguments.force)
 
 
 def _place(policy: ActorCritic, device: str) -> None:
@@ -167,4 +169,5 @@ def _parser() -> Parser:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--device", help="cuda where there is one, else cpu")
     parser.add_argument("--output", help="write JSONL here instead of printing")
+    parser.add_argument("--force", action="store_true", help="replace the file of --output where it is there")
     return parser

@@ -5,174 +5,54 @@ are in `stages.py`, what is shown meanwhile in `progress.py`.
 """
 
 import contextlib
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from elastic_lightning.errors import UserError
 from elastic_lightning.evaluation import report
 from elastic_lightning.evaluation.arguments import Parser
 from elastic_lightning.evaluation.progress import LOG, Job, display, duration, tail
+from elastic_lightning.evaluation.records import completion, completions, recipe, select, write_record
 from elastic_lightning.evaluation.runs import DRIFT, REWARD, collect
-from elastic_lightning.evaluation.stages import Pipeline, Run, nearest, read_pipeline
+from elastic_lightning.evaluation.stage_folder import check_folder, made, make_room, resumes
+from elastic_lightning.evaluation.stages import Pipeline, read_pipeline
+from elastic_lightning.locks import locked, wait_until_free
 from elastic_lightning.outputs import check_writable
+from elastic_lightning.processes import child_environment
 from elastic_lightning.terminal import PlainConsole, cell
 
 PROGRAM = (sys.executable, "-m", "elastic_lightning.cli")
-MARKER = ".pipeline"  # lies in every folder that a pipeline made and may empty, and says what was to be made there
-RECORD = "stage.json"  # written last, so a run that was killed has none
 PATIENCE = 60.0  # seconds from SIGTERM to SIGKILL: a fit ends its batch and saves
-
-
-# ---- what is up to date ---------------------------------------------------------------------------------------------
-
-
-def completion(run: Run, upstream: dict[str, str]) -> str | None:
-    """The id of the run's last completion, if neither its recipe, its outputs nor its upstream changed since.
-
-    Args:
-        run: the run asked about.
-        upstream: ids of the current completions of the runs before it, by name.
-    """
-    try:
-        record = json.loads((run.folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # never completed, or not ours to understand: it runs
-        return None
-    now = recipe(run, upstream)
-    same = all(record.get(key) == value for key, value in now.items())
-    return record.get("id") if same and all(path.exists() for path in run.produces) else None
-
-
-def recipe(run: Run, upstream: dict[str, str]) -> dict[str, Any]:
-    """What decides a run's result: its own fingerprint, and the completions of the runs that it builds on.
-
-    Those are the runs before it, and those of another pipeline whose folders its arguments name.
-    """
-    return {
-        "fingerprint": run.fingerprint,
-        "upstream": {need: upstream.get(need) for need in run.needs},
-        "reads": {str(path): record_id(path) for path in run.reads},
-    }
-
-
-def record_id(folder: Path) -> str | None:
-    """The id of the completion in a run's folder; None where there is none."""
-    try:
-        return json.loads((folder / RECORD).read_text(encoding="utf-8")).get("id")
-    except (OSError, ValueError):
-        return None
-
-
-def completions(pipeline: Pipeline) -> dict[str, str]:
-    """Ids of all runs that are up to date, by name."""
-    ids: dict[str, str] = {}
-    for name, run in pipeline.runs.items():  # upstream first
-        found = completion(run, ids)
-        if found and all(need in ids for need in run.needs):
-            ids[name] = found
-    return ids
-
-
-def write_record(job: Job, upstream: dict[str, str]) -> str:
-    """Mark a run complete, in one step, and return the id of this completion."""
-    run = job.run
-    record = {
-        "id": uuid.uuid4().hex,
-        **recipe(run, upstream),
-        "arguments": run.arguments,
-        "seconds": round(job.seconds, 1),
-    }
-    half_written = run.folder / f"{RECORD}.tmp"
-    half_written.write_text(json.dumps(record, indent=2), encoding="utf-8")
-    os.replace(half_written, run.folder / RECORD)
-    return record["id"]
-
-
-def select(pipeline: Pipeline, only: list[str] | None) -> list[Run]:
-    """The runs of the stages named, or all.
-
-    Raises:
-        UserError: no such stage, or a stage before them is left out and not up to date (or would not stay so).
-    """
-    stages = list(dict.fromkeys(run.stage for run in pipeline.runs.values()))
-    for stage in only or []:
-        if stage not in stages:
-            raise UserError(f"--only: unknown stage {stage!r}{nearest(stage, stages)}")
-    chosen = {name: run for name, run in pipeline.runs.items() if not only or run.stage in only}
-    ids = completions(pipeline)
-    for need in sorted(ancestors(pipeline, chosen) - set(chosen)):
-        stage = pipeline.runs[need].stage
-        if need not in ids:
-            raise UserError(f"--only: {need} must be complete and up to date before: add {stage!r} to --only")
-        if ancestors(pipeline, [need]) & set(chosen):
-            raise UserError(f"--only: {stage!r} stands between the stages named: add it to --only")
-    return list(chosen.values())
-
-
-def ancestors(pipeline: Pipeline, names) -> set[str]:
-    """The names of all runs that come before the named ones."""
-    found = {need for name in names for need in pipeline.runs[name].needs}
-    return found | ancestors(pipeline, found) if found else found
+LAST_WORDS = 5.0  # seconds in which the run of a pipeline that was killed ends with it
 
 
 # ---- one run --------------------------------------------------------------------------------------------------------
 
 
-def check_folder(run: Run) -> None:
-    """Refuse a folder with somebody else's files in it; a pipeline empties only what a pipeline made."""
-    folder = run.folder
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise UserError(f"{folder} is not a plain folder: move it away or choose another --output")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file():
-        raise UserError(f"{folder} was not made by a pipeline: move it away or choose another --output")
-
-
-def empty_folder(run: Run) -> None:
-    """Make the run's folder, with nothing but the marker in it; the marker stays throughout."""
-    check_folder(run)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / MARKER).touch()
-    for path in run.folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != MARKER:
-            path.unlink()
-
-
-def interrupted(run: Run, upstream: dict[str, str]) -> bool:
-    """Whether the folder holds checkpoints of this very run, which was stopped before its end."""
-    try:
-        begun = json.loads((run.folder / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return begun == recipe(run, upstream) and any((run.folder / "checkpoints").glob("batch_*.ckpt"))
-
-
-def start(job: Job, program: tuple[str, ...], threads: int, upstream: dict[str, str], force: bool = False) -> None:
+def start(job: Job, program: tuple[str, ...], threads: int, upstream: dict[str, str], force: bool = False) -> str:
     """Start a run in a process group of its own, so that it stops with all its workers.
 
-    A fit that was interrupted goes on from its last checkpoint; any other run begins in an empty folder.
+    A fit that was interrupted goes on from its last checkpoint; any other run begins in a folder made ready for it.
+
+    Returns:
+        Where what was there had to be moved to, in words.
     """
-    resume = [] if force or not interrupted(job.run, upstream) else ["--ckpt_path=last"]
-    check_folder(job.run)
-    if not resume:
-        empty_folder(job.run)
-        (job.run.folder / MARKER).write_text(json.dumps(recipe(job.run, upstream)), encoding="utf-8")
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-    with (job.run.folder / LOG).open("ab" if resume else "wb") as log:
+    run, now = job.run, recipe(job.run, upstream)
+    wait_until_free(run.folder, LAST_WORDS)
+    resume = [] if force or not resumes(run, now) else ["--ckpt_path=last"]
+    check_folder(run)
+    old = None if resume else make_room(run, now, force)
+    environment = {**os.environ, **child_environment(), "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    with (run.folder / LOG).open("ab" if resume else "wb") as log:
         job.process = subprocess.Popen(
-            [*program, *job.run.arguments, *resume],
+            [*program, *run.arguments, *resume],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -180,6 +60,7 @@ def start(job: Job, program: tuple[str, ...], threads: int, upstream: dict[str, 
             start_new_session=True,
         )
     job.state, job.started = "running", time.monotonic()
+    return f"{run.name}: what an earlier run left is in {old}" if old else ""
 
 
 def stop(jobs: list[Job]) -> None:
@@ -228,7 +109,8 @@ def run(pipeline: Pipeline, program=PROGRAM, only=None, force=False, console: Co
         0, 1 if a run failed, 130 after Ctrl-C.
 
     Raises:
-        UserError: `only` names a stage wrongly, or a run's folder holds files that no pipeline made.
+        UserError: `only` names a stage wrongly, a run's folder holds files that no pipeline made, or another process
+            writes there.
     """
     console = console or PlainConsole()
     began = time.monotonic()
@@ -236,15 +118,16 @@ def run(pipeline: Pipeline, program=PROGRAM, only=None, force=False, console: Co
     for item in chosen:
         check_folder(item)
     jobs = [Job(item) for item in chosen]
-    try:
-        failed = run_jobs(pipeline, jobs, tuple(program), force, console)
-    except KeyboardInterrupt:
-        console.print("Interrupted; the same command goes on with the stages that are not complete.")
-        return 130
-    if failed:
-        tell_failure(failed, console)
-        return 1
-    close(pipeline, console)
+    with locked(pipeline.output, "elastic-lightning pipeline"):
+        try:
+            failed = run_jobs(pipeline, jobs, tuple(program), force, console)
+        except KeyboardInterrupt:
+            console.print("Interrupted; the same command goes on with the stages that are not complete.")
+            return 130
+        if failed:
+            tell_failure(failed, console)
+            return 1
+        close(pipeline, console)
     total = duration(time.monotonic() - began)
     console.print(cell(f"Finished in {total}. Runs and TensorBoard logs: {pipeline.output}"), soft_wrap=True)
     return 0
@@ -255,13 +138,19 @@ def run_jobs(pipeline: Pipeline, jobs: list[Job], program, force: bool, console:
     names = {job.run.name for job in jobs}
     ids = {name: found for name, found in completions(pipeline).items() if name not in names}
     threads = max(1, cores() // pipeline.jobs)
+
+    def begin(job: Job) -> None:
+        note = start(job, program, threads, ids, force)
+        if note:
+            console.print(cell(note), soft_wrap=True)
+
     with terminable(), display(jobs, console) as show:
         try:
             while any(job.state in ("waiting", "running") for job in jobs):
                 end_finished(jobs, ids)
                 if any(job.state == "failed" for job in jobs):
                     break
-                start_ready(jobs, ids, pipeline.jobs, force, lambda job: start(job, program, threads, ids, force))
+                start_ready(jobs, ids, pipeline.jobs, force, begin)
                 show()
                 time.sleep(0.1)
         finally:
@@ -276,7 +165,7 @@ def end_finished(jobs: list[Job], ids: dict[str, str]) -> None:
         if job.state == "running" and job.process.poll() is not None:
             job.end("failed" if failure(job) else "done")
             if job.state == "done":
-                ids[job.run.name] = write_record(job, ids)
+                ids[job.run.name] = write_record(job, ids, made(job.run))
 
 
 def start_ready(jobs: list[Job], ids: dict[str, str], limit: int, force: bool, begin: Callable[[Job], None]) -> None:

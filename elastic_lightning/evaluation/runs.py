@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from elastic_lightning.errors import UserError
+from elastic_lightning.outputs import is_aside
 
 REWARD, DRIFT = "val/reward", "val/kl"
 LOST = "lost:"  # before the tag of something good: the drift is how much of it is lost since the start
@@ -61,16 +62,30 @@ def read_run(folder: Path, reward: str, drift: str) -> Run | None:
 
 
 def event_folders(folders: list[Path]) -> list[Path]:
-    """Every folder with event files under the given ones, each once, in the order given.
+    """Every folder with event files under the given ones, each once, in the order given; but what was moved aside.
 
     Raises:
-        UserError: a folder does not exist.
+        UserError: a folder does not exist, or what is named like an event file is none.
     """
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"report: no such folder: {folder}")
-    found = [path.parent for folder in folders for path in sorted(folder.resolve().rglob("events.out.tfevents*"))]
-    return list(dict.fromkeys(found))
+    found = [path for folder in folders for path in files_under(folder, "events.out.tfevents*")]
+    return list(dict.fromkeys(path.parent for path in found))
+
+
+def files_under(folder: Path, pattern: str) -> list[Path]:
+    """Files of these names below a folder, but for what was moved aside there.
+
+    Raises:
+        UserError: one is not a file: of a pipe, say, reading never ends.
+    """
+    top = folder.resolve()
+    found = [path for path in sorted(top.rglob(pattern)) if not is_aside(path.relative_to(top))]
+    wrong = next((path for path in found if not path.is_file()), None)
+    if wrong is not None:
+        raise UserError(f"report: {wrong} is not a file: remove it")
+    return found
 
 
 def collect(folders: list[Path], reward: str = REWARD, drift: str = DRIFT) -> tuple[list[Run], list[Path]]:

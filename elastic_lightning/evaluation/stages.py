@@ -174,6 +174,8 @@ def check_stage(name: Any, stage: Any, stages: dict, where: str) -> None:
     check(stage, STAGE_KEYS, where)
     if not stage.get("command"):
         raise UserError(f"{where}: no 'command': name a subcommand such as fit")
+    if stage["command"] == "pipeline":
+        raise UserError(f"{where}: a stage cannot be a pipeline: name that one's stages here")
     for key in ("config", "needs", "produces"):
         if not all(isinstance(item, str) for item in listed(stage, key)):
             raise UserError(f"{where}: {key} must hold strings only, not {stage[key]!r}")
@@ -290,10 +292,11 @@ def flag(value: Any) -> str:
 
 
 def fingerprint(stage: dict, configs: list[Path], seed: int, inputs: dict[str, Any]) -> str:
-    """Changes with everything that decides a run's result; not with {output}, so that a folder of runs may move."""
+    """Changes with everything that decides a run's result; not with {output}, so that a folder of runs may move, nor
+    with how a configuration is written: comments, quotes, empty lines."""
     recipe = {key: stage.get(key) for key in ("command", "arguments", "set")}
     text = json.dumps(recipe, sort_keys=True, default=str)
     where = [str(value).encode() for name, value in inputs.items() if f"{{{name}}}" in text]
-    contents = [config.read_bytes() for config in configs]
+    contents = [repr(read_yaml(config)).encode() for config in configs]  # in their order, which flags go by
     parts = [text.encode(), *where, str(seed).encode(), *contents]
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()

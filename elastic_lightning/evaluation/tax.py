@@ -13,6 +13,7 @@ import numpy as np
 
 from elastic_lightning.errors import UserError
 from elastic_lightning.evaluation.comparison import Estimate, estimate
+from elastic_lightning.evaluation.runs import files_under
 from elastic_lightning.terminal import plain
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def find(
     Raises:
         UserError: a file cannot be read.
     """
-    paths = dict.fromkeys(path for folder in folders for path in sorted(Path(folder).resolve().rglob(file)))
+    paths = dict.fromkeys(path for folder in folders for path in files_under(Path(folder), file))
     found: dict[tuple[str, int, Path], Evaluated] = {}
     for one in (_read(path, numbers) for path in paths):
         if one is None:

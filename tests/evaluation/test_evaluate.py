@@ -123,9 +123,50 @@ def test_parts_that_were_measured_survive_one_that_fails(model, texts, questions
     with pytest.raises(UserError, match="no GPU left"):
         evaluate(str(model), questions=asked, reward=FunctionReward(fail))
     assert "reward" in saved(model), "what was measured before stays until there is something new"
-    (model / "evaluation.json").write_text(json.dumps({**saved(model), "model": "another"}))
-    evaluate(str(model), texts=TextOptions(texts))
-    assert set(saved(model)) == {"model", "perplexity"}
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "measure_reward", killed)
+    before = saved(model)
+    with pytest.raises(KeyboardInterrupt):  # after a part of this call was written
+        evaluate(
+            str(model), texts=TextOptions(texts, length=16, stride=8), questions=asked, reward=FunctionReward(fail)
+        )
+    assert saved(model)["reward"] == before["reward"] and saved(model)["perplexity"] != before["perplexity"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("evaluation.json", '{"model": "another", "perplexity": {"perplexity": 3.0}}'),
+        ("evaluation.json", '{"my": "own"}'),
+        ("evaluation.json", "not JSON"),
+        ("humaneval.jsonl", "mine"),
+        ("a link", "mine"),
+    ],
+)
+def test_nothing_of_another_model_or_hand_is_written_over(name, content, model, texts, tmp_path, monkeypatch):
+    if name == "a link":
+        (tmp_path / "mine").write_text(content)
+        file = model / "evaluation.json"
+        file.symlink_to(tmp_path / "mine")
+    else:
+        file = model / name
+        file.write_text(content)
+    options = {"texts": TextOptions(texts)}
+    if name == "humaneval.jsonl":
+        options["humaneval"] = HumanEvalOptions("problems.jsonl", allow_code_execution=True)
+    with pytest.raises(UserError, match=rf"{file} is there already.*--force"), monkeypatch.context() as patched:
+        patched.setattr(module, "load", lambda path: pytest.fail("it loaded the model"))
+        evaluate(str(model), **options)
+    assert file.read_text() == content
+    if name != "humaneval.jsonl":
+        evaluate(str(model), **options, force=True)
+        assert set(saved(model)) == {"model", "perplexity"} and saved(model)["model"] == str(model)
+        monkeypatch.chdir(model.parent)
+        assert not file.is_symlink() and "perplexity" in evaluate(model.name, **options)  # the same by another name
+        assert not (tmp_path / "mine").exists() or (tmp_path / "mine").read_text() == content
 
 
 def test_the_reward_does_not_depend_on_the_batches(model, questions, tmp_path):

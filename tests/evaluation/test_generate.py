@@ -1,5 +1,8 @@
 """Sampling from a folder, of either kind of model."""
 
+import json
+import os
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -52,3 +55,20 @@ def test_prompts_that_cannot_be_read_are_refused(gpt2_folder, marian_folder):
         generate(*load(gpt2_folder), ["w5 " * 60], GREEDY)
     with pytest.raises(UserError, match="context is 40"):
         generate(*load(marian_folder), ["w5 " * 40], GREEDY)
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_what_is_there_is_not_written_over(link, gpt2_folder, tmp_path, capsys):
+    file, mine = tmp_path / "out.jsonl", tmp_path / "mine"
+    mine.write_text("mine")
+    file.symlink_to(mine) if link else file.write_text("mine")
+    command = [f"--model={gpt2_folder}", "--prompt=w5 w9", "--max_new_tokens=3", f"--output={file}"]
+    with pytest.raises(UserError, match=r"out.jsonl is there already.*--force"):
+        main(command)
+    assert file.read_text() == "mine" and file.is_symlink() is link
+    assert main([*command, "--force"]) == 0
+    assert json.loads(file.read_text())["prompt"] == "w5 w9" and mine.read_text() == "mine"
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(UserError, match="what is there is not a file"):
+        main([*command, "--force"])

@@ -7,9 +7,9 @@ import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 import pytest
+from ended import gone
 from pipeline_world import run, stage, traces, write
 from rich.console import Console
 
@@ -17,18 +17,6 @@ from elastic_lightning.errors import UserError
 from elastic_lightning.evaluation import pipeline as pipelines
 from elastic_lightning.evaluation import progress
 from elastic_lightning.evaluation.stages import flag, read_pipeline
-
-
-def gone(pid, patience=3.0):
-    """Does the process end (or wait as a zombie for its reaper) within a few seconds?"""
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline:
-        stat = Path(f"/proc/{pid}/stat")
-        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
-            return True
-        time.sleep(0.05)
-    return False
-
 
 CHAIN = {
     "third": stage("c", needs=["second"]),
@@ -188,17 +176,15 @@ def test_foreign_folder_is_never_touched(world):
     assert traces(world) == []
 
 
-def test_own_folder_is_emptied_before_a_rerun(world):
+def test_own_folder_is_moved_aside_before_a_rerun(world):
     run(world, {"one": stage("a")})
     (world / "out/one/seed_1/events.out.tfevents.1").touch()
     (world / "out/one/seed_1/final").mkdir()
     run(world, force=True)
-    assert {path.name for path in (world / "out/one/seed_1").iterdir()} == {
-        ".pipeline",
-        "log.txt",
-        "made",
-        "stage.json",
-    }
+    made = {"log.txt", "made", "stage.json"}
+    assert {path.name for path in (world / "out/one/seed_1").iterdir()} == {".pipeline", *made}
+    moved = {path.name for path in (world / "out/one/seed_1.old-1").iterdir()}
+    assert moved == {"events.out.tfevents.1", "final", *made}
 
 
 def test_only(world):
@@ -265,7 +251,8 @@ def test_a_fit_that_was_interrupted_goes_on_from_its_checkpoint(world):
     assert "--ckpt_path=last" in traces(world)[0]["args"] and (folder / "kept").exists()
     assert (folder / "log.txt").read_text().count("hello from fit") == 2
     assert run(world, force=True)[0] == 1
-    assert "--ckpt_path=last" not in traces(world)[0]["args"] and not (folder / "kept").exists()
+    assert "--ckpt_path=last" not in traces(world)[0]["args"] and (folder / "kept").exists()
+    assert [path.name for path in (folder.parent / "seed_1.old-1/checkpoints").iterdir()] == ["batch_000001.ckpt"]
     failing["one"]["set"]["more"] = "1"  # another run now
     assert run(world, failing)[0] == 1
     assert "--ckpt_path=last" not in traces(world)[0]["args"]
