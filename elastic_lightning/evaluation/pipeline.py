@@ -16,15 +16,17 @@ from pathlib import Path
 
 from rich.console import Console
 
+from elastic_lightning.errors import UserError
 from elastic_lightning.evaluation import report
 from elastic_lightning.evaluation.arguments import Parser
 from elastic_lightning.evaluation.progress import LOG, Job, display, duration, tail
 from elastic_lightning.evaluation.records import completion, completions, recipe, select, write_record
+from elastic_lightning.evaluation.report_files import check_report
 from elastic_lightning.evaluation.runs import DRIFT, REWARD, collect
 from elastic_lightning.evaluation.stage_folder import check_folder, made, make_room, resumes
 from elastic_lightning.evaluation.stages import Pipeline, read_pipeline
 from elastic_lightning.locks import locked, wait_until_free
-from elastic_lightning.outputs import check_writable
+from elastic_lightning.outputs import check_writable, move_aside
 from elastic_lightning.processes import child_environment
 from elastic_lightning.terminal import PlainConsole, cell
 
@@ -225,6 +227,10 @@ def close(pipeline: Pipeline, console: Console) -> None:
     complete = [run.folder for run in pipeline.runs.values() if run.name in ids]
     if runs:
         output = pipeline.output / "report"
+        try:
+            check_report(output, [run.folder for run in runs])
+        except UserError as error:  # not now that all the work is done
+            console.print(cell(f"{error}; it is in {move_aside(output)} now"), soft_wrap=True)
         left_out = left_out if marked else []
         report.make_report(runs, left_out, output, tags["reward"], tags["drift"], console, complete)
     elif not report.print_measured(complete, console):

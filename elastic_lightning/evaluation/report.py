@@ -22,6 +22,15 @@ from elastic_lightning.evaluation.comparison import (
     summarize,
 )
 from elastic_lightning.evaluation.frontier import draw
+from elastic_lightning.evaluation.report_files import (
+    EVALUATIONS,
+    PICTURE,
+    SUMMARY,
+    TABLE,
+    TESTS,
+    check_report,
+    publishing,
+)
 from elastic_lightning.evaluation.runs import DRIFT, REWARD, Run, collect, common_parent
 from elastic_lightning.evaluation.tax import find, tax_rows, tax_table
 from elastic_lightning.evaluation.tested import find_tests, rows_for_csv, tables
@@ -122,30 +131,36 @@ def make_report(
     drift: str,
     console,
     folders: Iterable[Path] = (),
+    force: bool = False,
 ) -> None:
     """Write table.csv, summary.csv and frontier.png into `output` and print the table.
 
     What `test` and `evaluate` measured and left in `folders` is printed and written too: test.csv, evaluation.csv.
+
+    Raises:
+        UserError: see `check_report`; nothing is written then.
     """
+    places = [run.folder for run in runs]
+    check_report(output, places, force)
     methods = group(runs, reward, drift)
     names = metric_names(runs, reward, drift)
     summary = summarize(methods, names)
-    output.mkdir(parents=True, exist_ok=True)
-    write_table(output / "table.csv", runs, names)
-    write_summary(output / "summary.csv", methods, summary)
-    draw(output / "frontier.png", methods, names)
-    print_report(build_table(methods, summary, names), notes(methods, names, left_out), console)
     folders = list(folders)
+    with publishing(output, places) as fresh:
+        write_table(fresh / TABLE, runs, names)
+        write_summary(fresh / SUMMARY, methods, summary)
+        draw(fresh / PICTURE, methods, names)
+        written = [TABLE, SUMMARY, PICTURE, *write_measured(fresh, folders)]
+    print_report(build_table(methods, summary, names), notes(methods, names, left_out), console)
     print_measured(folders, console)
-    written = ["table.csv", "summary.csv", "frontier.png", *write_measured(output, folders)]
     console.print(cell(f"Wrote {', '.join(written)} to {output}"), soft_wrap=True)
 
 
 def write_measured(output: Path, folders: list[Path]) -> list[str]:
     """What `test` and `evaluate` left in these folders, as CSV; the files written."""
     tested, evaluated = find_tests(folders), find(folders)
-    written = {"test.csv": rows_for_csv(tested)} if tested else {}
-    written |= {"evaluation.csv": tax_rows(evaluated)} if evaluated else {}
+    written = {TESTS: rows_for_csv(tested)} if tested else {}
+    written |= {EVALUATIONS: tax_rows(evaluated)} if evaluated else {}
     for name, (header, rows) in written.items():
         write_rows(output / name, header, rows)
     return list(written)
@@ -161,10 +176,10 @@ def print_measured(folders: list[Path], console) -> bool:
 
 
 def main(argv: list[str]) -> int:
-    """`elastic-lightning report RUN... [--output DIR] [--reward TAG] [--drift TAG]`.
+    """`elastic-lightning report RUN... [--output DIR] [--reward TAG] [--drift TAG] [--force]`.
 
     Raises:
-        UserError: a folder is missing, or no run under the folders holds both tags.
+        UserError: a folder is missing, no run under the folders holds both tags, or a file would be written over.
     """
     parser = Parser("report", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or one above several")
@@ -176,6 +191,7 @@ def main(argv: list[str]) -> int:
         metavar="TAG",
         help="TensorBoard tag of the drift (%(default)s); lost:TAG is what is lost of a score",
     )
+    parser.add_argument("--force", action="store_true", help="replace files that no report of these runs wrote")
     given = parser.parse_args(argv)
     if given.output is not None:
         check_writable(given.output, "the report")
@@ -186,5 +202,5 @@ def main(argv: list[str]) -> int:
             f"report: no run with the tags {given.reward!r} and {given.drift!r} under {where}: see --reward"
         )
     output = given.output or common_parent(runs) / "report"
-    make_report(runs, left_out, output, given.reward, given.drift, PlainConsole(), given.runs)
+    make_report(runs, left_out, output, given.reward, given.drift, PlainConsole(), given.runs, given.force)
     return 0

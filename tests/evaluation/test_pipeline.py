@@ -116,11 +116,18 @@ def test_report_closes_over_fits_with_the_tag(world):
     }
     status, printed, _ = run(world, stages, jobs=2)
     assert status == 0 and "0.900 ± 0.000" in printed and "Left out" not in printed
-    assert {file.name for file in (world / "out/report").iterdir()} == {"table.csv", "summary.csv", "frontier.png"}
+    written = {file.name for file in (world / "out/report").iterdir()}
+    assert written == {"table.csv", "summary.csv", "frontier.png", ".report.json"}
 
     stages["elastic"]["report"] = True
     printed = run(world, stages)[1]
     assert "elastic " in printed and "ppo  " not in printed
+
+    (world / "out/report/table.csv").write_text("mine")  # no reason to fail when all the work is done
+    status, printed, _ = run(world, stages)
+    assert status == 0 and f"it is in {world}/out/report.old-1 now" in printed
+    assert (world / "out/report.old-1/table.csv").read_text() == "mine"
+    assert (world / "out/report/table.csv").read_text().startswith("method,")
 
 
 def test_failure_shows_the_log_and_stops_the_rest(world):

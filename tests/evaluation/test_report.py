@@ -12,6 +12,8 @@ from elastic_lightning.evaluation import report
 from elastic_lightning.evaluation.comparison import drift_at, reward_at
 from elastic_lightning.evaluation.runs import collect, reset_steps
 
+WRITTEN = {"table.csv", "summary.csv", "frontier.png", ".report.json"}
+
 
 def write_run(folder, scalars):
     """`scalars` is {tag: {step: value}}."""
@@ -46,7 +48,7 @@ def runs(tmp_path):
 
 def test_main_writes_table_summary_and_picture(runs, capsys):
     assert report.main([str(runs)]) == 0
-    assert {file.name for file in (runs / "report").iterdir()} == {"table.csv", "summary.csv", "frontier.png"}
+    assert {file.name for file in (runs / "report").iterdir()} == WRITTEN
     png = (runs / "report" / "frontier.png").read_bytes()
     assert png.startswith(b"\x89PNG") and len(png) > 20_000
 
