@@ -23,6 +23,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from elastic_lightning import __version__, algorithms, callbacks, data, rewards
+from elastic_lightning.bounded_yaml import bound_command_lines
 from elastic_lightning.callbacks import BatchCheckpoint, Preemption, ResponseWriter, RunProgress
 from elastic_lightning.callbacks.preemption import Preempted
 from elastic_lightning.callbacks.run_config import RunConfig
@@ -281,6 +282,7 @@ def run_lightning(argv: list[str]) -> None:
         UserError: the run folder is taken, or a checkpoint does not fit.
         jsonargparse.ArgumentError: the configuration is wrong.
     """
+    bound_command_lines()
     ElasticCLI(args=argv)
 
 

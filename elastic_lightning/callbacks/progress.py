@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from rich.console import Console
+from rich.console import RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
+
+from elastic_lightning.terminal import PlainConsole
 
 SHOWN = {  # label -> logged name, format
     "loss": ("train/loss", ".3f"),
@@ -30,8 +35,21 @@ SHOWN = {  # label -> logged name, format
 }
 
 
+class Bar(Progress):
+    """How far it is, and below, where there are any, the numbers: so that both fit a terminal of 80 columns."""
+
+    @classmethod
+    def get_default_columns(cls) -> tuple[ProgressColumn, ...]:
+        times = TimeElapsedColumn(), TextColumn("<"), TimeRemainingColumn()
+        return TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), *times
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield from (Text(task.fields["metrics"]) for task in self.tasks if task.fields["metrics"])
+
+
 class RunProgress(ProgressBar):
-    """Reward, KL, perplexity, samples/s and the batches to the next reset, beside the bar.
+    """Reward, KL, perplexity, samples/s and the batches to the next reset, below the bar.
 
     On a terminal a rich bar; elsewhere (a log file, a batch job) one plain line every `seconds`.
 
@@ -111,7 +129,7 @@ class RunProgress(ProgressBar):
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         if self._bar is not None:
-            self._bar.console.print(*args, markup=False, highlight=False)
+            self._bar.console.print(*args)
         elif self._enabled:
             print(*args, flush=True)
 
@@ -119,18 +137,9 @@ class RunProgress(ProgressBar):
         self._what, self._done, self._began, self._begun_at = what, done, time.monotonic(), done
         self._total = None if total in (None, float("inf")) else int(total)
         self._last_line = time.monotonic()
-        if not self._enabled or not sys.stdout.isatty():
+        if not self._enabled or sys.stdout is None or not sys.stdout.isatty():
             return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("<"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[metrics]}"),
-        )
-        self._bar = Progress(*columns, console=Console(), refresh_per_second=4)
+        self._bar = Bar(console=PlainConsole(), refresh_per_second=4)
         self._task = self._bar.add_task(what, total=self._total, completed=done, metrics="")
         self._bar.start()
 

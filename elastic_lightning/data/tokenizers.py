@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from elastic_lightning.bounded_yaml import bound_command_lines
 from elastic_lightning.errors import UserError
 from elastic_lightning.outputs import check_absent, check_writable
 from elastic_lightning.terminal import plain
@@ -34,6 +35,7 @@ def main(argv: list[str]) -> int:
 
     from elastic_lightning.data.module import TextDataModule
 
+    bound_command_lines()
     parser = ArgumentParser(
         prog="elastic-lightning tokenizer",
         description="Train a tokenizer on a data module's texts.",

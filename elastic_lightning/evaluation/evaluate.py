@@ -16,6 +16,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
+from elastic_lightning.bounded_yaml import bound_command_lines
 from elastic_lightning.data.questions import Shares
 from elastic_lightning.errors import UserError
 from elastic_lightning.evaluation.completion import PolicyCompleter
@@ -255,6 +256,7 @@ def main(argv: list[str]) -> int:
 def make_parser():
     from jsonargparse import ArgumentParser
 
+    bound_command_lines()
     parser = ArgumentParser(prog="elastic-lightning evaluate", description=__doc__, exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file with these options")
     parser.add_argument("--model", type=str, required=True, help="save_pretrained folder, hub id, or .ckpt file")

@@ -157,17 +157,26 @@ def _encode(policy: ActorCritic, tokenizer: PreTrainedTokenizerBase, texts: list
 def _parser() -> Parser:
     defaults, parser = Sampling(), Parser("generate", "Sample from a policy.")
     parser.add_argument("--model", required=True, help="save_pretrained folder, hub id, or .ckpt file of a PPO run")
-    parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
+    parser.add_argument(
+        "--prompt", action="append", default=[], help="a prompt; may be given several times, and beside a file"
+    )
     parser.add_argument("--prompts_file", help="a text file with one prompt a line")
-    parser.add_argument("--samples", type=int, default=1, help="responses a prompt")
-    parser.add_argument("--max_new_tokens", type=int, default=defaults.max_new_tokens)
-    parser.add_argument("--min_new_tokens", type=int, default=defaults.min_new_tokens)
-    parser.add_argument("--temperature", type=float, default=defaults.temperature)
-    parser.add_argument("--top_k", type=int, default=defaults.top_k, help="0 keeps all tokens, 1 is greedy")
-    parser.add_argument("--top_p", type=float, default=defaults.top_p)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--device", help="cuda where there is one, else cpu")
-    parser.add_argument("--output", help="write JSONL here instead of printing")
+    parser.add_argument("--samples", type=int, default=1, help="responses to each prompt")
+    parser.add_argument("--max_new_tokens", type=int, default=defaults.max_new_tokens, help="longest response")
+    parser.add_argument("--min_new_tokens", type=int, default=defaults.min_new_tokens, help="shortest response")
+    parser.add_argument("--temperature", type=float, default=defaults.temperature, help="logits are divided by it")
+    parser.add_argument(
+        "--top_k", type=int, default=defaults.top_k, help="draw from the k likeliest tokens; 1 is greedy, 0 keeps all"
+    )
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        default=defaults.top_p,
+        help="draw from the likeliest tokens whose probabilities reach p; 1 keeps all",
+    )
+    parser.add_argument("--seed", type=int, default=1, help="of the random numbers")
+    parser.add_argument("--batch_size", type=int, default=32, help="responses drawn at once")
+    parser.add_argument("--device", help="such as cuda:1; by default cuda where there is one, else cpu")
+    parser.add_argument("--output", help="a file of JSON lines to write; by default responses are printed")
     parser.add_argument("--force", action="store_true", help="replace the file of --output where it is there")
     return parser

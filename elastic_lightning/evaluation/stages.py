@@ -24,13 +24,14 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
+from elastic_lightning.bounded_yaml import check_bounds
 from elastic_lightning.errors import UserError
 
 SCALARS = (str, int, float)
@@ -124,9 +125,11 @@ class UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         written = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         keys = [self.construct_object(key, deep=True) for key in written]
-        for key in keys:
-            if keys.count(key) > 1:
+        seen = set()
+        for key in (key for key in keys if isinstance(key, Hashable)):
+            if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -135,7 +138,9 @@ def read_yaml(file: Path) -> Any:
     if not file.is_file():
         raise UserError(f"no such pipeline file: {file}")
     try:
-        return yaml.load(file.read_text(encoding="utf-8"), UniqueKeys)  # a SafeLoader
+        text = file.read_text(encoding="utf-8")
+        check_bounds(text)
+        return yaml.load(text, UniqueKeys)  # a SafeLoader
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError(f"{file}, line {line}: this is not UTF-8; convert the file") from error

@@ -1,6 +1,7 @@
 """The progress bar, as it prints to a log file and to a terminal."""
 
 import io
+import re
 import sys
 
 import pytest
@@ -84,6 +85,23 @@ def test_a_bar_on_a_terminal(lab, tmp_path, monkeypatch):
     run(lab, tmp_path, lab.ppo(), RunProgress(), callbacks=[ElasticReset(every=2)])
     shown = terminal.getvalue()
     assert "training" in shown and "3/3" in shown and "reward" in shown and "next reset in" in shown
+
+
+@pytest.mark.parametrize("columns", [80, 50])
+def test_a_narrow_terminal_shows_the_batches_and_the_numbers(lab, tmp_path, monkeypatch, columns):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    run(lab, tmp_path, lab.ppo(), RunProgress(), callbacks=[ElasticReset(every=2)])
+    drawn = [line for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()).split("\n") if line]
+    last = "\n".join(drawn[-4:])
+    assert "3/3" in last and "reward" in last and "next reset in 1" in " ".join(last.split())
+    assert "…" not in last and all(len(line.split("\r")[-1]) <= columns for line in drawn)
+
+
+def test_no_stdout_at_all(lab, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    run(lab, tmp_path, lab.plain(), RunProgress(seconds=0), lab.batches(2))
 
 
 def test_the_bar_is_taken_down_after_an_exception(lab, tmp_path, monkeypatch):

@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from elastic_lightning.errors import UserError
-from elastic_lightning.evaluation.generate import generate, load, main
+from elastic_lightning.evaluation.generate import _parser, generate, load, main
 from elastic_lightning.policies import Sampling
 
 GREEDY = Sampling(max_new_tokens=6, top_k=1)
@@ -46,6 +47,16 @@ def test_what_is_printed(t5_folder, gpt2_folder, capsys):
     assert prompt == "w5 w9" and set(response.split()) <= {f"w{number}" for number in range(3, 30)}
     assert main([f"--model={gpt2_folder}", *flags]) == 0
     assert capsys.readouterr().out.startswith("w5 w9 w")
+
+
+def test_help_says_what_each_flag_does_and_its_default():
+    text = " ".join(_parser().format_help().split()).split("options: ")[1]
+    said = {" ".join(part.split()[:1]): part.split()[2:] for part in re.split(r" (?=--\w+ [A-Z])", text)[1:]}
+    assert len(said) >= 13 and all(len(words) >= 2 and words[0] != "(default:" for words in said.values())
+    defaults = {"samples": "1", "max_new_tokens": "48", "min_new_tokens": "0", "temperature": "1.0", "top_k": "0"}
+    defaults |= {"top_p": "1.0", "seed": "1", "batch_size": "32"}
+    assert all(said[f"--{name}"][-2:] == ["(default:", f"{value})"] for name, value in defaults.items())
+    assert all("default" in said[name] for name in ("--device", "--output"))
 
 
 def test_prompts_that_cannot_be_read_are_refused(gpt2_folder, marian_folder):

@@ -7,6 +7,10 @@ import pickle
 
 from faults.input_world import REVIEWS, another_model, callback, lines, one_stage, row, truncate
 
+LAUGHS = "a: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 10)
+)
+
 COMMANDS = {
     "unknown command": row(lambda w: ["fitt"], "unknown command 'fitt'", "pipeline"),
     "fit of nothing": row(lambda w: ["fit"], "model"),
@@ -54,6 +58,19 @@ CONFIGS = {
     "a pipeline's key given twice": row(
         lambda w: w.pipeline("output: a\noutput: b\nstages: {}\n"), "'output'", "twice"
     ),
+    "3,000 lists in one another": row(lambda w: w.config(f"model: {'[' * 3000}{']' * 3000}"), "config.yaml", "levels"),
+    "3,000 mappings in one another": row(
+        lambda w: w.pipeline("".join(f"{' ' * level}x:\n" for level in range(3000))), "pipeline.yaml", "levels"
+    ),
+    "a billion laughs": row(lambda w: w.config(LAUGHS), "config.yaml", "aliases"),
+    "a billion laughs in a model's file": row(
+        lambda w: w.fit(f"--model={w.file('model.yaml', LAUGHS)}"), "model.yaml", "aliases"
+    ),
+    "a billion laughs to evaluate": row(
+        lambda w: ["evaluate", f"--config={w.file('evaluate.yaml', LAUGHS)}"], "evaluate.yaml", "aliases"
+    ),
+    "a mapping in itself": row(lambda w: w.config("model: &m {init_args: {ppo: *m}}"), "config.yaml", "part of itself"),
+    "a stage in itself": row(lambda w: w.pipeline("stages: &s {one: *s}"), "pipeline.yaml", "part of itself"),
     "a pipeline's stage that needs itself": row(lambda w: w.pipeline(one_stage(needs=["one"])), "circle"),
     "a pipeline that is missing": row(lambda w: ["pipeline", f"{w.folder}/nowhere.yaml"], "nowhere.yaml"),
     "a typo in a key": row(lambda w: w.config("model:\n  init_args:\n    ppo: {clipp: 0.1}\n"), "clipp"),
