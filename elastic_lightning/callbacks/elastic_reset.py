@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
 
+from elastic_lightning.callbacks.weight_members import are_of
 from elastic_lightning.callbacks.weight_sets import UpdateOn, WeightSets
 from elastic_lightning.functional import copy_
 from elastic_lightning.ranks import alike
@@ -28,6 +32,8 @@ class ElasticReset(WeightSets):
         update_on: move the average after each optimizer step or after each training batch.
         parameters: patterns of parameter names that take part; all trainable ones by default.
         offload: keep the average (and theta_0, where no reference holds it) in CPU memory, moved beside the training.
+        buffers: average and reset floating-point buffers too, such as BatchNorm's statistics; see `WeightSets`, which
+            also says what a second fit, another module, several optimizers and accumulated gradients do.
     """
 
     uses_initial = True
@@ -39,8 +45,9 @@ class ElasticReset(WeightSets):
         update_on: UpdateOn = "optimizer_step",
         parameters: list[str] | None = None,
         offload: bool = False,
+        buffers: bool = False,
     ) -> None:
-        super().__init__(decay, every, update_on, parameters, offload)
+        super().__init__(decay, every, update_on, parameters, offload, buffers)
 
     def reset(self) -> None:
         copy_(self.online, self.ema)
@@ -57,8 +64,9 @@ class HareTortoise(WeightSets):
         update_on: UpdateOn = "optimizer_step",
         parameters: list[str] | None = None,
         offload: bool = False,
+        buffers: bool = False,
     ) -> None:
-        super().__init__(decay, every, update_on, parameters, offload)
+        super().__init__(decay, every, update_on, parameters, offload, buffers)
 
     def reset(self) -> None:
         copy_(self.online, self.ema)
@@ -70,8 +78,8 @@ class ResetToInitial(WeightSets):
     uses_ema = False
     uses_initial = True
 
-    def __init__(self, every: int, parameters: list[str] | None = None) -> None:
-        super().__init__(decay=0.0, every=every, parameters=parameters)
+    def __init__(self, every: int, parameters: list[str] | None = None, buffers: bool = False) -> None:
+        super().__init__(decay=0.0, every=every, parameters=parameters, buffers=buffers)
 
     def reset(self) -> None:
         copy_(self.online, self.initial)
@@ -82,6 +90,7 @@ class ReferenceReset(WeightSets):
     (https://arxiv.org/abs/2505.24864). Drift is still measured from the initial policy."""
 
     uses_ema = False
+    moves_online = False
     moves_reference = True
 
     def __init__(self, every: int, parameters: list[str] | None = None) -> None:
@@ -95,6 +104,7 @@ class EMAAnchor(WeightSets):
     """reference <- ema at every update: the KL penalty pulls towards the policy's own average, as in WARP
     (https://arxiv.org/abs/2406.16768). Drift is still measured from the initial policy."""
 
+    moves_online = False
     moves_reference = True
 
     def __init__(
@@ -109,13 +119,20 @@ class EMAAnchor(WeightSets):
 class EMAOnly(WeightSets):
     """Keeps the average and never resets.
 
+    With `validate` it is the average that is measured: by validation in a fit, and by validate, test and predict of the
+    Trainer or the command line. Where these load a checkpoint it is the average of that checkpoint: the best file of
+    a ModelCheckpoint measures what was monitored. A checkpoint's ``state_dict``, and ``load_from_checkpoint``, have the
+    weights that training goes on from; after ``trainer.validate(module, ckpt_path=...)`` its average is in the module
+    inside ``with callback.average_weights():``.
+
     Args:
         decay: of the average.
         update_on: move the average after each optimizer step or after each training batch.
         parameters: patterns of parameter names that take part; all trainable ones by default.
-        validate: run validation with the average in place of the online weights.
+        validate: validate, test and predict with the average in place of the online weights.
         save: at the end write the average as ``<run folder>/ema`` (modules with `save_pretrained`).
         offload: keep the average in CPU memory, moved beside the training.
+        buffers: average floating-point buffers too, such as BatchNorm's statistics.
     """
 
     def __init__(
@@ -126,19 +143,42 @@ class EMAOnly(WeightSets):
         validate: bool = False,
         save: bool = True,
         offload: bool = False,
+        buffers: bool = False,
     ) -> None:
-        super().__init__(decay, None, update_on, parameters, offload)
+        super().__init__(decay, None, update_on, parameters, offload, buffers)
         self.validate, self.save = validate, save
         self._swapped = None
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        bare = any(isinstance(c, ModelCheckpoint) and c.save_weights_only for c in trainer.callbacks)
+        if self.validate and stage == "fit" and bare:
+            rank_zero_warn(
+                "EMAOnly: validation measures the average, which the files of a ModelCheckpoint with save_weights_only "
+                "do not hold"
+            )
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.validate and self.ema:  # the sanity check comes before the average exists
-            _settle_all(trainer)
-            self._swapped = self.average_weights()
-            self._swapped.__enter__()
+        self._swap(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap_back()
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap_back()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap_back()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._swap_back()
+        super().on_exception(trainer, pl_module, exception)
 
     def as_validated(self, trainer: Trainer) -> AbstractContextManager:
         """Within this context the weights are those that validation measured: for whoever saves the best of them."""
@@ -147,10 +187,8 @@ class EMAOnly(WeightSets):
         _settle_all(trainer)
         return self.average_weights()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._swap_back()
-
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
         folder = trainer.log_dir  # asked for on every rank: the first one tells the others
         sharded = type(trainer.strategy).__name__ == "ModelParallelStrategy"  # then every rank holds a part
         writes = trainer.is_global_zero or sharded
@@ -164,6 +202,21 @@ class EMAOnly(WeightSets):
             self.settle()
             alike(self._check_average)
             alike(write if writes else lambda: None)
+
+    def _swap(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the average of this module in place, if there is one: the first sanity check comes before it."""
+        if not self.validate:
+            return
+        if self._loaded.state:
+            with torch.inference_mode(False):  # a fit may go on from these
+                self.begin(trainer, pl_module)
+        elif trainer.state.fn != "fit" and trainer.ckpt_path:
+            rank_zero_warn(f"EMAOnly: {trainer.ckpt_path} holds no average: its weights are measured as they are")
+            return
+        if are_of(pl_module, self.online.values()):
+            _settle_all(trainer)
+            self._swapped = self.average_weights()
+            self._swapped.__enter__()
 
     def _swap_back(self) -> None:
         if self._swapped is not None:

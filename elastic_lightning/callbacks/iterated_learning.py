@@ -11,6 +11,8 @@ from lightning import LightningModule, Trainer
 from torch import Tensor
 
 from elastic_lightning.callbacks.weight_sets import WeightSets
+from elastic_lightning.callbacks.weight_store import Weights, clone
+from elastic_lightning.callbacks.weight_telemetry import log
 from elastic_lightning.errors import UserError
 from elastic_lightning.functional import copy_
 from elastic_lightning.ranks import mean_of_ranks, objects_of_ranks
@@ -56,18 +58,28 @@ class IteratedLearning(WeightSets):
         if not hasattr(pl_module, "imitation_losses"):
             raise UserError(f"IteratedLearning needs a module that imitates; {type(pl_module).__name__} does not")
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        earlier, seen = self._loaded.pop("earlier", None), self._loaded.pop("seen", [])
-        super().on_train_start(trainer, pl_module)
-        self.earlier = {name: tensor.detach().clone() for name, tensor in self.online.items()}
-        if earlier is not None:
-            copy_(self.earlier, earlier)
-            if len(seen) != trainer.world_size:
-                raise UserError(
-                    f"IteratedLearning goes on with as many processes as it was saved with: {len(seen)}, and not "
-                    f"{trainer.world_size}"
-                )
-            self._seen_before = seen[trainer.global_rank]
+    def clear(self) -> None:
+        super().clear()
+        self.seen.clear()
+        self.earlier.clear()
+        self._seen_before = []
+
+    def add(self, weights: Weights) -> None:
+        super().add(weights)
+        self.earlier |= clone(weights)
+
+    def restore(self, trainer: Trainer, state: dict[str, Any]) -> None:
+        super().restore(trainer, state)
+        if "earlier" not in state:
+            return
+        copy_(self.earlier, state["earlier"])
+        seen = state.get("seen", [])
+        if len(seen) != trainer.world_size:
+            raise UserError(
+                f"IteratedLearning goes on with as many processes as it was saved with: {len(seen)}, and not "
+                f"{trainer.world_size}"
+            )
+        self._seen_before = seen[trainer.global_rank]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -92,7 +104,7 @@ class IteratedLearning(WeightSets):
             values += self._learn(trainer, optimizer, pl_module.imitation_losses(batch, targets))
         self.targets = []
         copy_(self.earlier, self.online)
-        self._log(trainer, pl_module, {"imitation/first_loss": values[0], "imitation/last_loss": values[-1]})
+        log(trainer, pl_module, {"imitation/first_loss": values[0], "imitation/last_loss": values[-1]})
 
     def _learn(self, trainer: Trainer, optimizer: torch.optim.Optimizer, losses: Iterator[Tensor]) -> list[float]:
         """One optimizer step a loss; their values."""
@@ -110,10 +122,10 @@ class IteratedLearning(WeightSets):
         optimizer.zero_grad()
         return values
 
-    def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
+    def own_state(self) -> dict[str, Any]:
+        state = super().own_state()
         if self.earlier:
-            state["earlier"] = {name: tensor.clone() for name, tensor in self.earlier.items()}
+            state["earlier"] = clone(self.earlier)
             state["seen"] = objects_of_ranks(self._seen_before or [_plain(batch) for batch in self.seen])
         return state
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +27,9 @@ class OffloadedAverage:
     def __init__(self, online: dict[str, Tensor], ema: dict[str, Tensor], weight: float) -> None:
         self.online, self.ema, self.weight = online, ema, weight
         self.device = next(iter(online.values())).device
+        self.arrived: dict[str, Tensor] = {}
+        self._make_room(online)
         cuda = self.device.type == "cuda"
-        self.arrived = {
-            name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=cuda) for name, tensor in online.items()
-        }
         self.stream = torch.cuda.Stream(self.device) if cuda else None
         self.copied: torch.cuda.Event | None = None
         # A thread starts on GPU 0, and would open a context there beside that of the GPU it works for.
@@ -38,22 +37,25 @@ class OffloadedAverage:
         self.thread = ThreadPoolExecutor(1, "average", **start)
         self.pending: Future | None = None
 
-    def update(self) -> None:
-        """Start one step of the average; the one before is then complete."""
+    def update(self, names: Iterable[str] | None = None) -> None:
+        """Start one step of the average of these weights, or of all; the one before is then complete."""
         self.wait()
+        leaving = {name: self.online[name] for name in (self.online if names is None else names)}
+        self._make_room(leaving)
+        arriving = {name: self.arrived[name] for name in leaving}
         if self.stream is None:
-            copy_(self.arrived, self.online)
+            copy_(arriving, leaving)
         else:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self.stream), torch.no_grad():
-                for name, tensor in self.online.items():
-                    self.arrived[name].copy_(tensor, non_blocking=True)
+                for name, tensor in leaving.items():
+                    arriving[name].copy_(tensor, non_blocking=True)
                 self.copied = torch.cuda.Event(blocking=True)  # the thread sleeps until it is there
                 self.copied.record()
-        self.pending = self.thread.submit(self._move)
+        self.pending = self.thread.submit(self._move, arriving)
 
-    def before_step(self, *args: Any) -> None:
-        """Before the weights change on the device: its stream waits until they are copied. An optimizer's hook."""
+    def before_step(self) -> None:
+        """Before the weights change on the device: its stream waits until they are copied."""
         if self.copied is not None:
             torch.cuda.current_stream(self.device).wait_event(self.copied)
 
@@ -63,12 +65,20 @@ class OffloadedAverage:
             pending, self.pending = self.pending, None
             pending.result()
 
-    def close(self) -> None:
-        """Finish the last step and end the thread."""
-        self.wait()
+    def close(self, failed: bool = False) -> None:
+        """Finish the last step and end the thread; its error is raised, unless something has `failed` already."""
         self.thread.shutdown()
+        if not failed:
+            self.wait()
 
-    def _move(self) -> None:
+    def _move(self, arriving: dict[str, Tensor]) -> None:
         if self.copied is not None:
             self.copied.synchronize()
-        lerp_(self.ema, self.arrived, self.weight)
+        lerp_({name: self.ema[name] for name in arriving}, arriving, self.weight)
+
+    def _make_room(self, weights: dict[str, Tensor]) -> None:
+        """Where weights arrive; those that join later have none yet."""
+        for name, tensor in weights.items():
+            if name not in self.arrived:
+                pinned = self.device.type == "cuda"
+                self.arrived[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)

@@ -18,6 +18,7 @@ Weights = dict[str, Tensor]
 # Beyond this cosine a great circle and a straight line are the same to float32, and opposite deltas have no circle.
 NEARLY_PARALLEL = 0.9995
 PART = 2**22  # elements of a tensor that are subtracted at a time
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by bytes an element
 
 
 @torch.no_grad()
@@ -100,8 +101,18 @@ def slerp(start: Weights, a: Weights, b: Weights, t: float) -> Weights:
 
 
 def float32_copy(weights: Weights) -> Weights:
-    """Detached float32 clones: the start of a shadow."""
-    return {name: tensor.detach().to(torch.float32, copy=True) for name, tensor in weights.items()}
+    """Detached clones, the start of a shadow: float32, or as they are where they are float64 or complex."""
+    wide = {name: torch.promote_types(tensor.dtype, torch.float32) for name, tensor in weights.items()}
+    return {name: tensor.detach().to(wide[name], copy=True) for name, tensor in weights.items()}
+
+
+@torch.no_grad()
+def bit_sums(weights: Weights) -> dict[str, int]:
+    """The bits of each tensor, read as integers and added up modulo 2^64: other where a single one was changed, and the
+    same on any device. Of what is sharded, this process's part."""
+    held = {name: tensor.contiguous().flatten() for name, tensor in _local(weights).items()}
+    sums = {name: sum(_bits(part).sum() for part in tensor.split(PART)) for name, tensor in held.items()}
+    return {name: int(total) for name, total in sums.items()}
 
 
 def _is_sharded(tensor: Tensor) -> bool:
@@ -129,7 +140,11 @@ def _sharded_like(source: Weights, target: Weights) -> Weights:
 def _norms(a: Tensor, b: Tensor) -> list[Tensor]:
     """L2 norms of parts of a - b, which as a whole would be one more copy of a large tensor."""
     parts = zip(a.flatten().split(PART), b.flatten().split(PART), strict=True)
-    return [torch.linalg.vector_norm(x.float() - y.float()) for x, y in parts]
+    return [torch.linalg.vector_norm(at_least_float32(x) - at_least_float32(y)).float() for x, y in parts]
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view(INTEGERS.get(tensor.element_size(), torch.int64)).long()  # 16 bytes a complex128: two of 8
 
 
 def _slerp(start: Tensor, a: Tensor, b: Tensor, t: float) -> Tensor:

@@ -5,16 +5,16 @@ import torch
 DECAY = 0.9
 
 
-def loop(module, batches, every, update_on="optimizer_step", reset="elastic", steps=1, accumulate=1, decay=DECAY):
+def loop(module, batches, every, update_on="optimizer_step", reset="elastic", steps=1, accumulate=1, rate=0.1):
     """The whole of training, written out. Returns (online, ema, initial) after the last batch."""
     parameters = [*module.net.parameters()]
-    optimizer = module.optimizer(parameters, lr=0.1)
+    optimizer = module.optimizer(parameters, lr=rate)
     initial = [p.detach().clone() for p in parameters]
     ema = [p.detach().clone() for p in parameters]
 
     def move():
         for average, parameter in zip(ema, parameters, strict=True):
-            average.copy_(decay * average + (1 - decay) * parameter.detach())
+            average.copy_(DECAY * average + (1 - DECAY) * parameter.detach())
 
     for number, batch in enumerate(batches, start=1):
         for _ in range(steps):
@@ -31,6 +31,7 @@ def loop(module, batches, every, update_on="optimizer_step", reset="elastic", st
                 parameter.data.copy_(first if reset == "initial" else average)
                 if reset == "elastic":
                     average.copy_(first)
+            optimizer.zero_grad()  # of an accumulation window that is not over
     return [p.detach().clone() for p in parameters], ema, initial
 
 

@@ -95,3 +95,16 @@ def test_wrong_options(lab, tmp_path):
         IteratedLearning(every=3, steps=1, learning_rate=0.0)
     with pytest.raises(UserError, match="Plain does not"):
         lab.fit(lab.plain(), tmp_path, [IteratedLearning(every=3, steps=1)])
+
+
+def test_two_fits_are_one_and_another_module_begins(lab, tmp_path):
+    batches, callback = lab.batches(4), IteratedLearning(EVERY, STEPS, STUDENT_LR)
+    module, other = Speaker(), Speaker()
+    for _ in range(2):
+        lab.fit(module, tmp_path, [callback], batches)
+    assert callback.resets == 2
+    for ours, theirs in zip(module.parameters(), simulate(batches * 2).parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+    lab.fit(other, tmp_path, [callback], batches)
+    for ours, theirs in zip(other.parameters(), simulate(batches).parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)

@@ -81,11 +81,11 @@ def test_an_offloaded_average_is_the_average_on_cuda(lab, tmp_path, make, late, 
     """The copy is late too: without the optimizer's wait it would read weights of the next step."""
     update = offload.OffloadedAverage.update
 
-    def slow(average):
+    def slow(average, names=None):
         average.wait()
         with torch.cuda.stream(average.stream):
             torch.cuda._sleep(20_000_000)
-        update(average)
+        update(average, names)
 
     monkeypatch.setattr(offload.OffloadedAverage, "update", slow)
     assert_equal(*runs(lab, tmp_path, make, accelerator="cuda", devices=1), atol=1e-6)
@@ -102,14 +102,14 @@ def test_a_stopwatch_adds_up_and_starts_anew():
 
 
 def test_the_time_inside_is_logged_at_each_ppo_step(lab, tmp_path, logger, read_events, monkeypatch):
-    from elastic_lightning.callbacks import weight_sets
+    from elastic_lightning.callbacks import weight_store
 
     def slow(*args):
         time.sleep(0.01)
         lerp(*args)
 
-    lerp = weight_sets.lerp_
-    monkeypatch.setattr(weight_sets, "lerp_", slow)
+    lerp = weight_store.lerp_
+    monkeypatch.setattr(weight_store, "lerp_", slow)
     callback = ElasticReset(every=2)
     lab.fit(lab.ppo(), tmp_path, [callback], lab.prompts(3), logger=logger)
     seconds = read_events(logger.log_dir)["time/ElasticReset_seconds"]
