@@ -20,13 +20,14 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from elastic_lightning import __version__, algorithms, callbacks, data, rewards
 from elastic_lightning.bounded_yaml import bound_command_lines
 from elastic_lightning.callbacks import BatchCheckpoint, Preemption, ResponseWriter, RunProgress
 from elastic_lightning.callbacks.preemption import Preempted
-from elastic_lightning.callbacks.run_config import RunConfig
+from elastic_lightning.callbacks.run_config import RunConfig, replaced_callbacks
 from elastic_lightning.callbacks.run_log import logged_in
 from elastic_lightning.errors import UserError
 from elastic_lightning.locks import locked
@@ -118,7 +119,14 @@ class ElasticCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = parser.parse_args(args)  # without Lightning's warning that sys.argv is there too
-        seed = self.config[self.config["subcommand"]].get("seed_everything")
+        settings = self.config[self.config["subcommand"]]
+        callbacks = settings.trainer.callbacks or []
+        if not isinstance(callbacks, list):  # one of them, given without a list
+            callbacks = settings.trainer.callbacks = [callbacks]
+        files = [Path(str(file)) for file in settings.get("config") or [] if hasattr(file, "absolute")]
+        for line in replaced_callbacks(files, callbacks):
+            rank_zero_only(print)(plain(f"note: {line}"), flush=True)
+        seed = settings.get("seed_everything")
         if type(seed) is int and not 0 <= seed < 2**32:
             raise UserError(f"seed_everything must be from 0 to {2**32 - 1}, got {seed}")
 

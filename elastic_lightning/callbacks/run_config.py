@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning import Callback, LightningModule, Trainer
 
 
@@ -28,3 +30,28 @@ class RunConfig(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"], checkpoint["world_size"] = self.config, trainer.world_size
         checkpoint["elastic_lightning_version"] = self.version
+
+
+def replaced_callbacks(files: Iterable[Path], callbacks: list[Any]) -> list[str]:
+    """A line for each configuration file that names callbacks which a run with these `callbacks` has no more: what sets
+    ``trainer.callbacks`` once more replaces the whole list."""
+    kept = {_short_name(callback) for callback in callbacks}
+    lines = []
+    for file in files:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        trainer = settings.get("trainer") if isinstance(settings, dict) else None
+        given = [trainer.get(key) or [] for key in ("callbacks", "callbacks+")] if isinstance(trainer, dict) else []
+        named = [callback for part in given for callback in (part if isinstance(part, list) else [part])]
+        gone = [name for name in dict.fromkeys(map(_short_name, named)) if name not in kept]
+        if gone:
+            lines.append(
+                f"{', '.join(gone)} of {file} {'is' if len(gone) == 1 else 'are'} not in this run, for "
+                "trainer.callbacks was set again; `callbacks+` adds to the list"
+            )
+    return lines
+
+
+def _short_name(callback: Any) -> str:
+    """Of a class, given by itself or as ``class_path``."""
+    name = callback.get("class_path", "") if hasattr(callback, "get") else callback
+    return str(name).rsplit(".", 1)[-1]
