@@ -14,10 +14,11 @@ ROOT = Path(elastic_lightning.__file__).parent
 HEAVY = {"datasets", "peft", "matplotlib", "sacrebleu"}
 
 # What each part may import, beside itself; "" is the package's own __init__.
-BASE = {"functional", "errors", "terminal", "bounded_yaml"}
+BASE = {"functional", "errors", "terminal", "bounded_yaml", "checks"}
 MODELS = BASE | {"metrics", "policies", "rewards"}
 ALLOWED = {
     "errors": set(),
+    "checks": {"errors"},
     "terminal": set(),
     "bounded_yaml": set(),
     "functional": set(),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from elastic_lightning.data.nesting import check_nesting
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies.reading import hub_offline
 
@@ -13,11 +15,13 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-SPLIT_NAMES = {"train": "train", "test": "test", "val": "validation", "valid": "validation", "validation": "validation"}
+SPLIT_NAMES = {"train": "train", "test": "test"}
+SPLIT_NAMES |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
 
 
 def read_splits(path: str | Path) -> dict[str, Dataset]:
-    """Read a folder of ``train.*``, ``test.*`` (and ``validation.*``) files, or one file, which becomes "train".
+    """Read a folder of ``train.*``, ``test.*`` (and ``validation.*`` or ``dev.*``) files, or one file, which becomes
+    "train".
 
     A split may lie in several files, as ``train-00000-of-00002.parquet``.
 
@@ -31,8 +35,10 @@ def read_splits(path: str | Path) -> dict[str, Dataset]:
         raise UserError(f"data path {path} does not exist")
     if path.is_file():
         return {"train": read_table(path)}
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return _read_saved(path)
+    if not path.is_dir():
+        raise UserError(f"data path {path} is neither a file nor a folder")
+    if is_saved(path):
+        return read_saved(path)
     files: dict[str, list[Path]] = {}
     for file in table_files(path):
         if _stem(file) in SPLIT_NAMES:
@@ -62,11 +68,13 @@ def read_table(file: Path) -> Dataset:
     kind = _kind(file)
     if kind is None:
         raise UserError(f"cannot read {file}: give .jsonl, .csv (both also .gz) or .parquet")
+    pattern = one_file(file)
+    _check(file)
     log = datasets.utils.logging
     level = log.get_verbosity()
     try:
         log.set_verbosity(log.CRITICAL)  # it prints the traceback of what it raises
-        data = datasets.load_dataset(kind, data_files=str(file), split="train")
+        data = datasets.load_dataset(kind, data_files=pattern, split="train")
     except Exception as error:
         raise UserError(f"cannot read {file} as {kind}: {_cause(error)}; is it empty or damaged?") from error
     finally:
@@ -74,6 +82,17 @@ def read_table(file: Path) -> Dataset:
     if len(data) == 0:
         raise UserError(f"{file} holds no rows")
     return data
+
+
+def one_file(file: Path) -> str:
+    """A path as the pattern by which `datasets` finds this file and no other.
+
+    Raises:
+        UserError: it cannot be said in a pattern.
+    """
+    if "::" in str(file):
+        raise UserError(f"cannot read {file}: `datasets` takes '::' in a path for a chain of file systems; rename it")
+    return glob.escape(str(file))
 
 
 def read_tables(files: list[Path]) -> Dataset:
@@ -89,12 +108,17 @@ def read_rows(file: Path) -> Iterator[dict[str, Any]]:
     Raises:
         UserError: it cannot be read, or holds no rows.
     """
+    yield from rows_of(read_table(file), str(file))
+
+
+def rows_of(table: Dataset, name: str) -> Iterator[dict[str, Any]]:
+    """The rows of a table, one by one; `name` is for the message of a `UserError` where it is not UTF-8."""
     try:
-        for chunk in read_table(file).iter(batch_size=1000):
+        for chunk in table.iter(batch_size=1000):
             for values in zip(*chunk.values(), strict=True):
                 yield dict(zip(chunk, values, strict=True))
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} holds text that is not UTF-8: convert the file") from error
+        raise UserError(f"{name} holds text that is not UTF-8: convert the file") from error
 
 
 def read_hub(name: str, option: str = "data.init_args.path") -> dict[str, Dataset]:
@@ -124,19 +148,36 @@ def stream_rows(name: str, folder: str, option: str = "data.init_args.path") -> 
     """
     import datasets
 
-    local = Path(name).expanduser().is_dir()
-    if not local and hub_offline():
+    local = Path(name).expanduser()
+    if local.is_dir():
+        yield from _stream_folder(local / folder)
+        return
+    if hub_offline():
         datasets.config.HF_HUB_OFFLINE = True  # look at once for what was downloaded before
     try:
-        where = str(Path(name).expanduser()) if local else name
-        yield from datasets.load_dataset(where, data_dir=folder, split="train", streaming=True)
+        yield from datasets.load_dataset(name, data_dir=folder, split="train", streaming=True)
     except Exception as error:
-        cause = _cause(error)
-        if local:
-            raise UserError(f"cannot read {name}/{folder}: {cause}; is it empty or damaged?") from error
         raise UserError(
-            f"cannot read {folder} of the data set {name!r} from the hub ({cause}); for local files give {option}"
+            f"cannot read {folder} of the data set {name!r} from the hub ({_cause(error)}); for local files give "
+            f"{option}"
         ) from error
+
+
+def _stream_folder(folder: Path) -> Iterator[dict[str, Any]]:
+    """The rows of all files below a folder, in the order of their names, read as they are needed."""
+    import datasets
+
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and _kind(file)]
+    if not files:
+        raise UserError(f"cannot read {folder}: no .jsonl(.gz), .csv or .parquet file in it; is it empty?")
+    for file in files:
+        _check(file)
+        try:
+            yield from datasets.load_dataset(_kind(file), data_files=one_file(file), split="train", streaming=True)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"cannot read {folder}: {file.name}: {_cause(error)}; is it empty or damaged?") from error
 
 
 def column(data: Dataset, name: str, option: str) -> list:
@@ -166,7 +207,17 @@ def text_column(data: Dataset, name: str, option: str) -> list[str | None]:
     return values
 
 
-def _read_saved(folder: Path) -> dict[str, Dataset]:
+def is_saved(folder: Path) -> bool:
+    """Whether a folder is what `datasets` writes with ``save_to_disk``."""
+    return (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
+
+
+def read_saved(folder: Path) -> dict[str, Dataset]:
+    """The splits of such a folder; "train" where it has none.
+
+    Raises:
+        UserError: it is damaged.
+    """
     import datasets
 
     try:
@@ -174,6 +225,12 @@ def _read_saved(folder: Path) -> dict[str, Dataset]:
     except Exception as error:
         raise UserError(f"cannot read {folder} as a folder of `datasets` ({type(error).__name__})") from error
     return dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+
+
+def _check(file: Path) -> None:
+    """What would end the process, and not with an exception."""
+    if _kind(file) == "json":
+        check_nesting(file)
 
 
 def _stem(file: Path) -> str:

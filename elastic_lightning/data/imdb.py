@@ -40,7 +40,7 @@ class IMDBDataModule(ReviewsDataModule):
                 the hub by default.
             hub_id: data set on the hub, where no path is given.
             text_column: name of the column of texts.
-            label_column: name of the column of labels, 0 or 1.
+            label_column: name of the column of labels, 0 or 1 (or false, true); the reward model alone needs it.
             task: which stage to serve: language_model, reward_model or prompts.
             batch_size: rows a training batch on one process.
             eval_batch_size: rows a validation or test batch.
@@ -86,18 +86,25 @@ class IMDBDataModule(ReviewsDataModule):
 
     def _reviews(self, data) -> Reviews:
         texts = column(data, self.text_column, "data.init_args.text_column")
-        labels = column(data, self.label_column, "data.init_args.label_column")
         if any(text is None for text in texts):
             raise UserError(f"the column {self.text_column!r} has empty entries: drop those rows")
         other = next((text for text in texts if not isinstance(text, str)), None)
         if other is not None:
             raise UserError(f"the column {self.text_column!r} must hold text, it holds {other!r}")
-        if not set(labels) <= {0, 1}:
-            held = sorted(set(labels), key=str)[:5]
-            raise UserError(f"the column {self.label_column!r} must hold 0 and 1, it holds {held}")
+        labels = self._labels(data)
         cleaned = [" ".join(text.replace("<br />", " ").split()) for text in texts]
         keep = [index for index, text in enumerate(cleaned) if text]
         return Reviews([cleaned[index] for index in keep], [labels[index] for index in keep])
+
+    def _labels(self, data) -> list[int]:
+        """The column of labels; without one all 0, where no stage reads them."""
+        if self.label_column not in data.column_names and self.task != "reward_model":
+            return [0] * len(data)
+        labels = column(data, self.label_column, "data.init_args.label_column")
+        if all(isinstance(label, int | float) and label in (0, 1) for label in labels):
+            return [int(label) for label in labels]
+        held = sorted({label if isinstance(label, int | float) else str(label) for label in labels}, key=str)[:5]
+        raise UserError(f"the column {self.label_column!r} must hold 0 and 1, it holds {held}")
 
 
 def _shuffled(reviews: Reviews, seed: int) -> Reviews:

@@ -9,12 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from elastic_lightning.data.corpus import Corpus
 from elastic_lightning.data.files import column, read_hub, read_splits
 from elastic_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+HEADERS = {"source", "target", "src", "tgt", "trg"}  # what a header calls columns beside the languages' names
 
 
 @dataclass(frozen=True)
@@ -24,8 +29,9 @@ class ParallelText:
     Attributes:
         path: one of these, or a list of them, which are joined:
             the stem of aligned text files, e.g. ``multi30k/train`` for ``train.fr[.gz]`` beside ``train.en[.gz]``;
-            a ``.tsv[.gz]`` file, whose languages are in `columns`;
-            a table (.jsonl, .csv, .parquet) or a folder of them, with a column a language;
+            a ``.tsv[.gz]`` file, whose languages are in `columns`; a first line that names them is no sentence;
+            a table (.jsonl, .csv, .parquet) or a folder of them, with a column a language, or one column
+            ``translation`` of dicts by language;
             a folder that `datasets` wrote with ``save_to_disk``, or an id on the hub.
         columns: languages of a TSV's first columns, e.g. ``[en, fr]``; further columns are ignored.
         split: which one of a folder's or of the hub's splits.
@@ -47,18 +53,27 @@ def read_parallel(text: ParallelText, languages: Sequence[str]) -> Corpus:
     return {language: [sentence for part in parts for sentence in part[language]] for language in languages}
 
 
-def read_lines(file: Path) -> list[str]:
+def read_lines(file: Path, most: int | None = None) -> list[str]:
     """The lines of a UTF-8 text file, gzipped where its name ends in ``.gz``. Only a line feed ends a line.
 
+    Args:
+        file: to be read whole.
+        most: bytes, unpacked; all by default, but then the file must not be a device, which may have no end.
+
     Raises:
-        UserError: the file is missing, damaged, empty or in another encoding.
+        UserError: the file is missing, damaged, empty, too long or in another encoding.
     """
+    if most is None and file.is_char_device():
+        raise UserError(f"cannot read {file}: it is a device, not a file")
     try:
-        raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as stream:
+            raw = stream.read(-1 if most is None else most + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"cannot read {file}: its gzip stream is damaged or cut off; fetch the file again") from error
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
+    if most is not None and len(raw) > most:
+        raise UserError(f"{file} holds more than {most // 2**20} MiB: cut it into parts")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -118,6 +133,9 @@ def _read_tsv(file: Path, columns: list[str] | None, languages: Sequence[str]) -
             f"{' and '.join(languages)}, and is {columns}"
         )
     cells = [line.split("\t") for line in read_lines(file)]
+    if _is_header(cells[0], columns):
+        rank_zero_info(f"{file}: the first line names the columns, and is left out")
+        cells = cells[1:]
     for number, row in enumerate(cells, start=1):
         if len(row) < len(columns):
             raise UserError(f"{file}, line {number}: {len(row)} column(s) where {', '.join(columns)} were expected")
@@ -128,13 +146,26 @@ def _read_table(splits: dict[str, Dataset], path: str, split: str, languages: Se
     if split not in splits:
         raise UserError(f"{path} has no split {split!r}, only {', '.join(splits)}; set `split`")
     table = splits[split]
-    if "translation" in table.column_names:  # the layout of WMT, IWSLT and OPUS on the hub: one column of dicts
-        table = table.flatten()
-        table = table.rename_columns(
-            {name: name.removeprefix("translation.") for name in table.column_names if name.startswith("translation.")}
-        )
-    corpus = {language: column(table, language, "the columns' names to the languages'") for language in languages}
+    if "translation" in table.column_names:  # the layout of WMT, IWSLT and OPUS: one column of a dict a row
+        corpus = _of_dicts(column(table, "translation", ""), path, languages)
+    else:
+        corpus = {language: column(table, language, "the columns' names to the languages'") for language in languages}
     for language, texts in corpus.items():
         if not all(isinstance(text, str) for text in texts):
             raise UserError(f"the column {language!r} of {path} holds other things than text: drop those rows")
     return corpus
+
+
+def _of_dicts(rows: list, path: str, languages: Sequence[str]) -> Corpus:
+    known = {*languages}
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or not known <= row.keys():
+            held = sorted(row) if isinstance(row, dict) else row
+            raise UserError(f"row {number} of {path}: the translation must hold {', '.join(languages)}, got {held}")
+    return {language: [row[language] for row in rows] for language in languages}
+
+
+def _is_header(cells: list[str], columns: list[str]) -> bool:
+    """Whether the first line of a TSV names its columns, all of them."""
+    names = {cell.strip().casefold() for cell in cells[: len(columns)]}
+    return names <= {*map(str.casefold, columns), *HEADERS}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from elastic_lightning.data.files import read_rows, stream_rows, table_files
+from elastic_lightning.data.files import is_saved, read_rows, read_saved, rows_of, stream_rows, table_files
 from elastic_lightning.data.questions import Question, Shares, collect, evaluation_half, key_of
 from elastic_lightning.errors import UserError
 
@@ -22,7 +22,8 @@ def read_questions(
     """The splits train (`limit` questions of a part), validation and test (`held_out` questions each).
 
     Args:
-        path: file, folder of files, or local copy of the hub's data set; None for the hub.
+        path: file, folder of files, folder that `datasets` saved, or local copy of the hub's data set; None for the
+            hub.
         hub_id: data set on the hub.
         part: supervised, reward or rl.
         shares: how files are shared out.
@@ -55,6 +56,11 @@ def _from_files(place: Path, part: str, shares: Shares, limits: dict[str, int | 
 
     if not place.exists():
         raise UserError(f"data path {place} does not exist")
+    if is_saved(place):  # its splits are shared out like files
+        saved = ((f"{place} ({split})", table) for split, table in read_saved(place).items())
+        return collect(((name, rows_of(table, name)) for name, table in saved), split_of, limits)
+    if not place.is_file() and not place.is_dir():
+        raise UserError(f"data path {place} is neither a file nor a folder")
     files = [place] if place.is_file() else table_files(place)
     if not files:
         raise UserError(f"no .jsonl(.gz), .csv or .parquet file in {place}, and no folder {HUB_EVALUATION}")

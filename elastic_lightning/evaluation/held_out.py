@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from elastic_lightning.data.dialogue import QuestionAnswer
-from elastic_lightning.data.files import read_splits, read_tables, table_files, text_column
+from elastic_lightning.data.files import is_saved, read_saved, read_splits, read_tables, table_files, text_column
 from elastic_lightning.data.question_sources import HUB_EVALUATION
 from elastic_lightning.data.questions import Shares, evaluation_half, key_of
 from elastic_lightning.errors import UserError
@@ -110,8 +110,8 @@ def _test_tables(path: Path) -> Dataset:
     """A file, or the files of a folder: of those that are named after splits the test's alone."""
     if not path.is_dir():
         return _all_tables(path)
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():  # what `datasets` wrote
-        splits = read_splits(path)
+    if is_saved(path):
+        splits = read_saved(path)
         return splits.get("test", splits["train"])
     tests = [file for file in table_files(path) if file.name.split(".")[0].split("-")[0] == "test"]
     return read_tables(tests) if tests else _all_tables(path)
@@ -121,6 +121,10 @@ def _all_tables(path: Path) -> Dataset:
     """A file, or all files of a folder one after the other, as stages that share them read them."""
     if not path.is_dir():
         return read_splits(path)["train"]
+    if is_saved(path):
+        from datasets import concatenate_datasets
+
+        return concatenate_datasets([*read_saved(path).values()])
     files = table_files(path)
     if not files:
         raise UserError(f"no .jsonl(.gz), .csv or .parquet file in {path}")

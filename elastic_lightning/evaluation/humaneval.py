@@ -9,6 +9,7 @@ import gzip
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -151,13 +152,15 @@ def read_problems(path: str | Path) -> list[Problem]:
     Raises:
         UserError: no such file, or not of this layout.
     """
+    if not Path(path).is_file():  # a device may have no end
+        raise UserError(f"cannot read HumanEval's problems from {path}: there is no such file")
     try:
         data = Path(path).read_bytes()
         text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode()
         problems = [Problem(**json.loads(line)) for line in text.splitlines() if line.strip()]
         for problem in problems:
             compile(_test_source(problem), problem.task_id, "exec", dont_inherit=True)
-    except (OSError, EOFError, ValueError, TypeError, SyntaxError) as error:
+    except (OSError, EOFError, ValueError, TypeError, SyntaxError, RecursionError, zlib.error) as error:
         raise UserError(f"cannot read HumanEval's problems from {path}: {error}") from error
     if not problems:
         raise UserError(f"no problems in {path}")

@@ -1,5 +1,6 @@
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +43,16 @@ def nested(folder):
     return ParallelText(str(folder / "train.jsonl"))
 
 
+def nested_in_a_folder(folder):
+    return ParallelText(str(Path(nested(folder).path).parent))
+
+
+def tsv_with_header(folder, first="fr\ten\tsource\n"):
+    raw = "".join(f"{row['fr']}\t{row['en']}\tsource\n" for row in rows())
+    (folder / "pairs.tsv").write_text(first + raw, encoding="utf-8")
+    return ParallelText(str(folder / "pairs.tsv"), columns=["fr", "en"])
+
+
 def saved(folder):
     from datasets import Dataset, DatasetDict
 
@@ -65,6 +76,9 @@ LAYOUTS = {
     "gzipped tsv": lambda folder: tsv(folder, "pairs.tsv.gz"),
     "jsonl": jsonl,
     "one column of translations": nested,
+    "one column of translations in a folder": nested_in_a_folder,
+    "tsv with a header": tsv_with_header,
+    "tsv with a header of roles": lambda folder: tsv_with_header(folder, "Source\tTarget\n"),
     "saved by datasets": saved,
     "saved by datasets without splits": saved_without_splits,
 }
@@ -87,6 +101,12 @@ def test_a_data_set_of_the_hub(monkeypatch):
     assert asked == ["bentrevett/multi30k"]
     with pytest.raises(UserError, match="no split 'test', only train"):
         read_parallel(ParallelText("bentrevett/multi30k", split="test"), ("fr", "en"))
+
+
+def test_a_first_sentence_is_no_header(tmp_path):
+    (tmp_path / "pairs.tsv").write_text("source\tla source\nen\tfr \n")
+    read = read_parallel(ParallelText(str(tmp_path / "pairs.tsv"), ["en", "fr"]), ("en", "fr"))
+    assert read == {"en": ["source", "en"], "fr": ["la source", "fr "]}
 
 
 def test_several_paths_are_joined_in_order(tmp_path):
@@ -184,6 +204,10 @@ MISTAKES = {
     "empty tsv": (changed("pairs.tsv", b"", tsv), "pairs.tsv holds no rows"),
     "a column is missing": (changed("train.jsonl", b'{"fr": "a"}\n', jsonl), "no column 'en', only"),
     "a cell is empty": (changed("train.jsonl", b'{"fr": "a", "en": null}\n', jsonl), "'en' .* other things than text"),
+    "another language in the dicts": (
+        changed("train.jsonl", b'{"translation": {"fr": "a", "de": "b"}}\n', jsonl),
+        r"row 1 of .* must hold fr, en, got \['de', 'fr'\]",
+    ),
     "no such split": (lambda folder: ParallelText(jsonl(folder).path, split="dev"), "no split 'dev', only train"),
 }
 

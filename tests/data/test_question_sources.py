@@ -30,9 +30,9 @@ def hub_copy(write_rows, tmp_path):
     return str(tmp_path / "hub")
 
 
-@pytest.mark.parametrize("layout", ["one file", "folder of files", "paired", "csv", "parquet"])
+@pytest.mark.parametrize("layout", ["one file", "folder of files", "paired", "csv", "parquet", "saved", "saved splits"])
 def test_every_layout_gives_the_same_questions(layout, write_rows, tmp_path):
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
 
     expected = read(write_rows(RANKED))
     (tmp_path / "many").mkdir()
@@ -42,6 +42,10 @@ def test_every_layout_gives_the_same_questions(layout, write_rows, tmp_path):
         write_rows(RANKED[:90], "many/b.jsonl.gz"), write_rows(PAIRED[135:], "many/a.jsonl")
         (tmp_path / "many" / "README.md").write_text("not data")
         path = str(tmp_path / "many")
+    elif layout.startswith("saved"):
+        path, data = str(tmp_path / "saved"), Dataset.from_list(RANKED)
+        halves = {"train": data.select(range(90)), "test": data.select(range(90, len(data)))}
+        (data if layout == "saved" else DatasetDict(halves)).save_to_disk(path)
     elif layout == "paired":
         path = write_rows(PAIRED)
     else:

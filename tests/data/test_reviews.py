@@ -54,6 +54,33 @@ def test_every_kind_of_file(name, tmp_path):
     assert list(read_splits(tmp_path / "data" / name)["train"]["text"]) == TEXTS
 
 
+@pytest.mark.parametrize("kind", [int, float, bool])
+def test_labels_of_any_number_type_are_classes(kind, tmp_path, bpe):
+    rows = [{"text": row["text"], "label": kind(row["label"])} for row in ROWS]
+    options = {"tokenizer": bpe, "task": "reward_model", "batch_size": 4}
+    module = IMDBDataModule(path=str(write(tmp_path / "data", rows, "train.jsonl")), **options)
+    module.setup("fit")
+    batch = next(iter(module.train_dataloader()))
+    assert batch.labels.dtype == torch.int64
+    known = {int(text.split()[2]): label for text, label in zip(*module.splits["train"], strict=True)}
+    assert known == {number: number % 2 for number in known} and len(known) > 30
+
+
+def test_prompts_need_no_labels_and_a_reward_model_does(tmp_path):
+    path = str(write(tmp_path / "data", [{"text": text} for text in TEXTS], "train.jsonl"))
+    splits = IMDBDataModule(path=path).load()
+    read = {text for split in splits.values() for text in split.texts}
+    assert read == {text.replace("<br /><br />", " ") for text in TEXTS}
+    with pytest.raises(UserError, match="no column 'label'"):
+        IMDBDataModule(path=path, task="reward_model").load()
+
+
+def test_dev_is_validation(tmp_path):
+    write(tmp_path / "data", ROWS, "train.jsonl")
+    write(tmp_path / "data", ROWS[:3], "dev.jsonl")
+    assert IMDBDataModule(path=str(tmp_path / "data")).load()["validation"].labels == [0, 1, 0]
+
+
 def test_text_that_is_not_utf8(tmp_path):
     (tmp_path / "train.jsonl").write_bytes(b'{"text": "caf\xe9", "label": 1}\n')
     with pytest.raises(UserError, match="'text' holds text that is not UTF-8"):
