@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from elastic_lightning.errors import UserError
+from elastic_lightning.terminal import plain
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 FREE_SPACE = "free some space; a run goes on with --ckpt_path last"
@@ -21,6 +22,7 @@ CALLBACK_FIELDS = (
     " (--trainer.callbacks.FIELD is of the callback that --trainer.callbacks+=NAME adds before it; change those of a "
     "configuration file in the file)"
 )
+NOT_UTF8 = "the name or text {} is not UTF-8: rename or convert it (or set LC_ALL=C.UTF-8, where it is)"
 LONGEST = 480  # letters of another library's message
 NO_CLASS = "there is no class {!r}: check its spelling, or give its full import path"
 EMPTY = ("Expected a", "Not a valid subclass", "Does not validate", "Problem with given", "a class path", "a dict ")
@@ -34,6 +36,8 @@ def as_line(error: Exception, argv: list[str]) -> str | None:
             return str(cause)
         if line := _of_the_machine(cause):
             return line
+        if isinstance(cause, UnicodeEncodeError) and cause.reason == "surrogates not allowed":
+            return NOT_UTF8.format(plain(cause.object)[:200])
     if type(error).__name__ == "ArgumentError":
         fields = [argument for argument in argv if argument.startswith("--trainer.callbacks.")]
         return condense(str(error)) + (CALLBACK_FIELDS if fields else "")

@@ -86,11 +86,14 @@ def use_any_output() -> None:
 
 
 class _Lasting(io.FileIO):
+    failed = False
+
     def write(self, data: Any) -> int | None:
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in GONE:
+            if error.errno not in GONE and not self.failed:
+                self.failed = True  # said once: what is left in buffers would fail again when python ends
                 raise
             return len(data)
 

@@ -26,7 +26,7 @@ ALLOWED = {
     "outputs": {"errors"},
     "locks": {"errors"},
     "processes": set(),
-    "mistakes": {"errors", "policies"},
+    "mistakes": {"errors", "policies", "terminal"},
     "resume": {"errors"},
     "metrics": BASE | {"policies"},
     "policies": BASE,

@@ -1,9 +1,11 @@
 """What others wrote never steers a terminal, and no output is a reason to fail."""
 
+import contextlib
 import csv
 import io
 import json
 import os
+import pty
 import subprocess
 import sys
 
@@ -21,6 +23,16 @@ from elastic_lightning.terminal import PlainConsole, Screen, cell, json_line, pl
 CLIPBOARD = "\x1b]52;c;cm0gLXJmIH4=\x07"  # OSC 52: what is pasted next
 ANSWER = "\x1b[6n"  # the terminal types where its cursor is
 SPELLED = r"\x1b]52;c;cm0gLXJmIH4=\x07"
+
+
+def write_runs(folder, *names):
+    from torch.utils.tensorboard import SummaryWriter
+
+    for name in names:
+        with SummaryWriter(str(folder / name / "seed_1")) as writer:
+            for step, (reward, kl) in enumerate([(0.1, 0.0), (0.5, 1.0)]):
+                writer.add_scalar("val/reward", reward, step)
+                writer.add_scalar("val/kl", kl, step)
 
 
 @pytest.mark.parametrize(
@@ -91,8 +103,11 @@ def test_a_reader_that_has_gone_ends_nothing_and_a_full_disk_is_said():
         print("x" * 2**12, file=screen)
     screen.close()
     os.close(far)
-    with open("/dev/full", "wb") as full, pytest.raises(OSError, match="No space left"):
-        print("a", file=Screen(full.fileno(), "utf-8", at_once=True))
+    with open("/dev/full", "wb") as full:
+        screen = Screen(full.fileno(), "utf-8", at_once=True)
+        with pytest.raises(OSError, match="No space left"):
+            print("a", file=screen)
+        screen.close()  # as python does at its end: not said again
 
 
 def test_closed_streams_are_no_streams_of_the_files_opened_next(tmp_path):
@@ -117,14 +132,8 @@ def test_log_tails_errors_and_samples(tmp_path, capsys, monkeypatch):
 
 
 def test_a_report_of_names_that_are_made_to_harm(tmp_path, capsys):
-    from torch.utils.tensorboard import SummaryWriter
-
     names = ["q[x]", f"[bold]$\\frac{CLIPBOARD}", "=HYPERLINK(1)", "_hidden", "@a\nb"]
-    for name in names:
-        with SummaryWriter(str(tmp_path / "runs" / name / "seed_1")) as writer:
-            for step, (reward, kl) in enumerate([(0.1, 0.0), (0.5, 1.0)]):
-                writer.add_scalar("val/reward", reward, step)
-                writer.add_scalar("val/kl", kl, step)
+    write_runs(tmp_path / "runs", *names)
     output = tmp_path / f"[/out]{CLIPBOARD}"
     assert report.main([str(tmp_path / "runs"), f"--output={output}"]) == 0
     printed = capsys.readouterr().out
@@ -135,6 +144,42 @@ def test_a_report_of_names_that_are_made_to_harm(tmp_path, capsys):
         methods = {row["method"] for row in csv.DictReader(file)}
     assert methods == {"q[x]", rf"[bold]$\frac{SPELLED}", "'=HYPERLINK(1)", "_hidden", r"'@a\nb"}
     assert (frontier.as_label("_hidden"), frontier.as_label("a$b$")) == (" _hidden", r"a\$b\$")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", None])
+def test_the_command_itself_prints_anywhere(tmp_path, encoding):
+    """In a process of its own, the last time with neither stdout nor stderr."""
+    write_runs(tmp_path, "[b]ŵ", CLIPBOARD)
+    command = [sys.executable, "-m", "elastic_lightning.cli", "report", str(tmp_path)]
+    closed = [] if encoding else ["sh", "-c", '"$@" >&- 2>&-', "sh"]
+    environment = os.environ | {"PYTHONIOENCODING": f"{encoding or 'utf-8'}:strict"}
+    run = subprocess.run([*closed, *command], capture_output=True, env=environment, check=False)
+    assert run.returncode == 0 and run.stderr == b"" and (tmp_path / "report/table.csv").exists()
+    printed = run.stdout.decode(encoding or "ascii")
+    assert not closed or printed == ""
+    assert closed or (r"[b]\u0175" in printed and SPELLED in printed and "\x1b" not in printed)
+
+
+def test_a_terminal_is_sent_no_sequence_of_others():
+    process, terminal_ = pty.fork()
+    if process == 0:
+        os.execv(sys.executable, [sys.executable, "-m", "elastic_lightning.cli", "report", CLIPBOARD])
+    shown = b""
+    with contextlib.suppress(OSError):  # its end, on Linux
+        while piece := os.read(terminal_, 4096):
+            shown += piece
+    os.waitpid(process, 0)
+    os.close(terminal_)
+    assert shown.decode() == f"error: report: no such folder: {SPELLED}\r\n"
+
+
+def test_a_folder_whose_name_is_not_utf8_is_one_line(tmp_path, capsys):
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.makedirs(folder)
+    open(folder + b"/events.out.tfevents.1", "wb").close()
+    assert main(["report", str(tmp_path)]) != 0
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and r"caf\udce9 is not UTF-8" in error and error.count("\n") == 1
 
 
 def test_generated_text(tmp_path, capsys, monkeypatch):
