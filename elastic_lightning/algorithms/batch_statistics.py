@@ -11,6 +11,7 @@ from elastic_lightning.algorithms.experience import Experience, explained_varian
 from elastic_lightning.algorithms.scored_batch import ScoredBatch
 from elastic_lightning.functional import kl_k1, kl_k3
 from elastic_lightning.policies import ended
+from elastic_lightning.policies.special_tokens import Ends
 
 
 class Counts(NamedTuple):
@@ -22,7 +23,7 @@ class Counts(NamedTuple):
 
 
 def batch_statistics(
-    scored: ScoredBatch, experience: Experience, eos_token_id: int | None, device: torch.device
+    scored: ScoredBatch, experience: Experience, eos_token_id: Ends, device: torch.device
 ) -> tuple[Counts, dict[str, float]]:
     """Counts of a batch and its means, read from the device at once.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from elastic_lightning.algorithms.ppo_config import PPOConfig
 from elastic_lightning.functional import gae, kl_k1, kl_k2, kl_k3, whiten
 from elastic_lightning.policies import Rollout, ended
+from elastic_lightning.policies.special_tokens import Ends
 
 KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 
@@ -31,7 +32,7 @@ def without_unscored(rollout: Rollout, valid: Tensor | None) -> Rollout:
     return Rollout(rollout.tokens, mask, *(part.masked_fill(~mask, 0) for part in rollout[2:]))
 
 
-def shape_scores(scores: Tensor, rollout: Rollout, config: PPOConfig, eos_token_id: int | None) -> Tensor:
+def shape_scores(scores: Tensor, rollout: Rollout, config: PPOConfig, eos_token_id: Ends) -> Tensor:
     """Scores [B] after the baseline, the clip and the penalty for responses that did not end."""
     scores = scores - config.reward_baseline
     if config.reward_clip is not None:

@@ -45,7 +45,7 @@ from elastic_lightning.policies.loading import disable_dropout
 from elastic_lightning.policies.portions import Portions
 from elastic_lightning.policies.reference import ReferenceKind
 from elastic_lightning.ranks import alike, any_rank, mean_of_ranks, rows_of_ranks
-from elastic_lightning.rewards import Reward, Scores, score
+from elastic_lightning.rewards import Reward, Scores, reads_special_tokens, score
 
 VALIDATION_LOGITS = 2**24  # of policy and initial policy each that stand in memory at a time
 VALIDATION_STEP = -1  # uniforms of validation are those of this step: every validation draws with the same luck
@@ -88,6 +88,7 @@ class PolicyModule(PolicyWeights):
         disable_dropout(loaded.model)
         self.tokenizer = loaded.tokenizer
         lm = as_policy(loaded.model, execution.trainable_layers, execution.gradient_checkpointing)
+        self.drawn_tokens = lm.drawn_tokens(self.tokenizer)
         self.actor = ActorCritic(lm, separate_value_trunk).eval()
         self.reference = make_reference(self.actor.lm, reference, loaded.unmerged_adapter)
         self.initial = self.reference  # what drift is measured against
@@ -116,14 +117,14 @@ class PolicyModule(PolicyWeights):
         uniforms = counter_uniforms(self.sampling_seed, step, rows, self.sampling.max_new_tokens)
         lengths = draw_lengths(self.sampling_seed, step, rows, self.sampling)
         lm = self.actor.lm if lm is None else lm
-        ends = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        how = {"lm": lm, **self.drawn_tokens._asdict()}
         if self._sharded:  # every decode step of a rank gathers each layer from all: they stop together
-            return sample(self.actor, prompts, self.sampling, uniforms, *ends, lm, lengths=lengths, going_on=any_rank)
+            return sample(self.actor, prompts, self.sampling, uniforms, lengths=lengths, going_on=any_rank, **how)
         captured = self._graph_sampler(lm, prompts.tokens.shape[1])
         if captured is not None:
             return captured(prompts, uniforms, lengths)
         with weights_cast_once(self.device.type):
-            return sample(self.actor, prompts, self.sampling, uniforms, *ends, lm, lengths=lengths)
+            return sample(self.actor, prompts, self.sampling, uniforms, lengths=lengths, **how)
 
     def _graph_sampler(self, lm: PolicyLM, prompt_tokens: int) -> GraphSampler | None:
         """What decodes by captured steps, where that is asked for and this model can."""
@@ -131,9 +132,9 @@ class PolicyModule(PolicyWeights):
         if self.device.type != "cuda" or not self.execution.cuda_graphs or not lm.takes_static_masks(columns):
             return None
         if id(lm) not in self._graph_samplers:
-            ends = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+            how = {"lm": lm, **self.drawn_tokens._asdict()}
             try:
-                self._graph_samplers[id(lm)] = GraphSampler(self.actor, self.sampling, *ends, lm)
+                self._graph_samplers[id(lm)] = GraphSampler(self.actor, self.sampling, **how)
             except UserError as reason:
                 rank_zero_info(str(reason))
                 self._graph_samplers[id(lm)] = None
@@ -146,7 +147,11 @@ class PolicyModule(PolicyWeights):
     def score(self, batch: Any, responses: Responses) -> tuple[Texts, Scores]:
         """Texts of a batch with its responses, and their scores [B], on the module's device."""
         texts = self.actor.lm.decode(self.tokenizer, self.prompts(batch), responses)
-        total, components, valid = score(self.reward, texts.prompts, texts.responses)
+        marked = None
+        if reads_special_tokens(self.reward):
+            decode = self.actor.lm.decode
+            marked = decode(self.tokenizer, self.prompts(batch), responses, special_tokens=True)[:2]
+        total, components, valid = score(self.reward, texts.prompts, texts.responses, marked)
         on_device = {name: part.to(self.device) for name, part in components.items()}
         return texts, Scores(total.to(self.device), on_device, None if valid is None else valid.to(self.device))
 
@@ -160,8 +165,8 @@ class PolicyModule(PolicyWeights):
 
     def imitation_targets(self, batch: Any) -> Responses:
         """What the policy says to a batch, greedily: what a student will imitate."""
-        ends = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        return greedy(self.actor.lm, self.prompts(batch), self.sampling.max_new_tokens, *ends)
+        drawn = self.drawn_tokens._asdict()
+        return greedy(self.actor.lm, self.prompts(batch), self.sampling.max_new_tokens, **drawn)
 
     def imitation_losses(self, batch: Any, targets: Responses) -> Iterator[Tensor]:
         """The loss of a student, nats per token: one optimizer step each."""

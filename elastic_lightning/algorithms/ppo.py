@@ -125,7 +125,7 @@ class PPO(PolicyModule):
                 scored = scored.of_all_ranks()
             if not scored.rollout.mask.any():
                 raise NotFinite("reward", f"it raised on all {len(scored.prompts.tokens)} responses")
-        shaped = shape_scores(scored.scores.total, scored.rollout, self.config, self.tokenizer.eos_token_id)
+        shaped = shape_scores(scored.scores.total, scored.rollout, self.config, self.drawn_tokens.eos_token_id)
         coefficient = self.kl_controller.coefficient
         experience = make_experience(scored.rollout, shaped, scored.reference_logprobs, coefficient, self.config)
         with self._timed("update"):
@@ -366,7 +366,7 @@ class PPO(PolicyModule):
 
     def _log_batch(self, scored: ScoredBatch, experience: Experience, losses: dict[str, float]) -> None:
         """Log everything of one PPO batch, that of all ranks, at its ppo_step, and move the KL controller."""
-        counts, measured = batch_statistics(scored, experience, self.tokenizer.eos_token_id, self.device)
+        counts, measured = batch_statistics(scored, experience, self.drawn_tokens.eos_token_id, self.device)
         values = measured | {
             "kl_coefficient": self.kl_controller.coefficient,
             "learning_rate": self.optimizers().param_groups[0]["lr"],

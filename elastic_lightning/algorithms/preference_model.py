@@ -45,7 +45,6 @@ class PreferenceModel(SupervisedModule):
         classifier, optimizer = from_plain(ModelSource, classifier), from_plain(AdamWConfig, optimizer)
         self.save_plain_hyperparameters()
         self.tokenizer = load_tokenizer(classifier.tokenizer or classifier.path)
-        self.tokenizer.padding_side = "right"
         self.model = new_classifier(classifier, self.tokenizer, num_labels=1).train()
         pad_like(self.model, self.tokenizer)
         self.margin_weight, self.optimizer_config = margin_weight, optimizer
@@ -85,19 +84,13 @@ class PreferenceModel(SupervisedModule):
         """Scores [B] float32 of the preferred answers and of the others, in one forward pass over both."""
         tokens = torch.cat([batch.chosen_tokens, batch.rejected_tokens])
         mask = torch.cat([batch.chosen_mask, batch.rejected_mask])
-        tokens = tokens.masked_fill(~mask, self.tokenizer.pad_token_id)
+        tokens = tokens.masked_fill(~mask, self.model.config.pad_token_id)
         chosen, rejected = self.model(input_ids=tokens, attention_mask=mask.long()).logits[:, 0].float().chunk(2)
         return chosen, rejected
 
     def save_pretrained(self, folder: str | Path, adapter: str = "merged") -> None:
         """Write a folder that transformers loads, with the tokenizer and, after a validation, the normalisation."""
-        config, pad = self.model.config, self.model.config.pad_token_id
-        if pad >= self.model.get_input_embeddings().num_embeddings:
-            config.pad_token_id = None  # transformers refuses a pad token that has no embedding
-        try:
-            super().save_pretrained(folder, adapter)
-        finally:
-            config.pad_token_id = pad
+        super().save_pretrained(folder, adapter)
         if self.normalization is not None:
             if self.normalization_is_stale:
                 rank_zero_warn(

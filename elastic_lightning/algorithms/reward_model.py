@@ -11,7 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from elastic_lightning.algorithms.hyperparameters import check_task, from_plain
 from elastic_lightning.algorithms.supervised import AdamWConfig, SupervisedModule, check_texts_fit
 from elastic_lightning.policies import ModelSource, load_tokenizer
-from elastic_lightning.policies.classifier import new_classifier
+from elastic_lightning.policies.classifier import new_classifier, pad_like
 
 
 class LabelledTexts(NamedTuple):
@@ -41,13 +41,13 @@ class RewardModel(SupervisedModule):
         classifier, optimizer = from_plain(ModelSource, classifier), from_plain(AdamWConfig, optimizer)
         self.save_plain_hyperparameters()
         self.tokenizer = load_tokenizer(classifier.tokenizer or classifier.path)
-        self.tokenizer.padding_side = "right"
         names = {
             "num_labels": len(labels),
             "id2label": dict(enumerate(labels)),
             "label2id": {label: index for index, label in enumerate(labels)},
         }
         self.model = new_classifier(classifier, self.tokenizer, **names).train()
+        pad_like(self.model, self.tokenizer)
         self.optimizer_config = optimizer
         self.accuracy = MulticlassAccuracy(len(labels), average="micro")
 
@@ -76,7 +76,5 @@ class RewardModel(SupervisedModule):
         self.log(f"{stage}/loss", loss, on_epoch=True, sync_dist=True, batch_size=len(batch.labels))
 
     def _logits(self, batch: LabelledTexts) -> Tensor:
-        # A decoder looks for the last token that is not its pad id; one beyond the vocabulary has no embedding.
-        pad, vocabulary = self.model.config.pad_token_id, self.model.config.vocab_size
-        tokens = batch.tokens.masked_fill(~batch.mask, pad if pad is not None and pad < vocabulary else 0)
+        tokens = batch.tokens.masked_fill(~batch.mask, self.model.config.pad_token_id)
         return self.model(input_ids=tokens, attention_mask=batch.mask.long()).logits.float()

@@ -72,17 +72,22 @@ class ChatTemplate:
 
 
 class AsRewardsRead:
-    """A dialogue as a reward gets it from a policy's tokens: without the special ones that mark the turns."""
+    """A dialogue as a reward gets it from a policy's tokens: without the special ones that mark the turns, or with
+    `special_tokens`, up to the answer's end."""
 
-    def __init__(self, dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.dialogue, self.tokenizer = dialogue, tokenizer
+    def __init__(self, dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase, special_tokens: bool = False) -> None:
+        self.dialogue, self.tokenizer, self.special_tokens = dialogue, tokenizer, special_tokens
 
     def prompt(self, question: str) -> str:
         return self._read(self.dialogue.prompt(question))
 
     def text(self, question: str, answer: str) -> str:
-        return self._read(self.dialogue.text(question, answer))
+        whole, answer = self.dialogue.text(question, answer), answer.strip()
+        end = whole.rfind(answer) + len(answer) if answer in whole else len(whole)  # behind it a mark ends the turn
+        return self._read(whole[:end] if self.special_tokens else whole)
 
     def _read(self, text: str) -> str:
+        if self.special_tokens:
+            return text
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return self.tokenizer.decode(ids, skip_special_tokens=True)

@@ -9,11 +9,13 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from elastic_lightning.algorithms.policy_module import PolicyModule
 from elastic_lightning.callbacks.position import Position
 from elastic_lightning.data.loader import ResumableLoader
 from elastic_lightning.data.sampler import EpochSampler, even_batch_size
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import load_tokenizer
+from elastic_lightning.policies.special_tokens import encode_open
 
 
 class TextDataModule(LightningDataModule):
@@ -39,6 +41,14 @@ class TextDataModule(LightningDataModule):
         if self.trainer is not None:
             return self.trainer.lightning_module.tokenizer
         raise UserError("outside a Trainer the data module needs a `tokenizer` (hub id or folder)")
+
+    def encode_prompts(self, texts: Sequence[str], longest: int | None = None) -> list[list[int]]:
+        """Token ids of texts as the policy that will be asked reads them, by default a causal one; a text of more than
+        `longest` tokens loses its beginning."""
+        module = None if self.trainer is None else self.trainer.lightning_module
+        if isinstance(module, PolicyModule):
+            return module.actor.lm.encode_rows(self.tokenizer, texts, longest)
+        return encode_open(self.tokenizer, texts, longest)
 
     @property
     def process(self) -> tuple[int, int]:

@@ -12,7 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from elastic_lightning.data.dialogue import Dialogue
 from elastic_lightning.data.questions import AnswerPair, Question, key_of
 from elastic_lightning.policies import PreferenceBatch, pad
-from elastic_lightning.policies.encoding import IDS_ALONE
+from elastic_lightning.policies.special_tokens import Frame, encode_whole
+
+BARE = Frame([], [])
 
 
 class Preference(NamedTuple):
@@ -28,11 +30,12 @@ class Preference(NamedTuple):
         """Tokens of the longer text."""
         return max(len(self.chosen), len(self.rejected))
 
-    def shortened(self, tokens: int) -> Preference:
-        """The last so many tokens of each text: a text loses its beginning, as it does where a reward reads it."""
+    def shortened(self, tokens: int, frame: Frame = BARE) -> Preference:
+        """Texts of so many tokens or fewer: a text loses its beginning, but not what the tokenizer puts around it, as
+        it does where a reward reads it."""
         return Preference(
-            self.chosen[-tokens:],
-            self.rejected[-tokens:],
+            frame.around(self.chosen, tokens),
+            frame.around(self.rejected, tokens),
             self.margin,
             min(self.chosen_length, tokens),
             min(self.rejected_length, tokens),
@@ -60,7 +63,7 @@ def encode_pairs(
         pairs = draw_pairs(question, per_question, seed)
         answers = list(dict.fromkeys(answer for pair in pairs for answer in (pair.better, pair.worse)))
         texts = [dialogue.text(question.text, answer) for answer in answers]
-        asked, *whole = tokenizer([dialogue.prompt(question.text), *texts], **IDS_ALONE)["input_ids"]
+        asked, *whole = encode_whole(tokenizer, [dialogue.prompt(question.text), *texts])
         ids = dict(zip(answers, whole, strict=True))
         for better, worse, margin in pairs:
             lengths = (len(ids[answer]) - len(asked) for answer in (better, worse))

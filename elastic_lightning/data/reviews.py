@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,7 +15,9 @@ from elastic_lightning.data.module import TextDataModule
 from elastic_lightning.data.tokenizers import train_bpe
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import Prompts, pad
+from elastic_lightning.policies.special_tokens import encode_open, encode_whole
 
+LONG_WORD = 20  # mean characters of a text's words above which they are no words
 Stage = Literal["language_model", "reward_model", "prompts"]
 
 
@@ -30,9 +33,12 @@ class ReviewsDataModule(TextDataModule):
 
     Batches:
         language_model: tokens [B, block_size], texts packed end to end with eos between them;
-        reward_model: `LabelledTexts`, each text's last max_tokens tokens;
-        prompts: `Prompts`, the first half of a review's words, left-truncated and left-padded. Validation adds batches
-            of packed human text [B, block_size], on which the policy's perplexity is measured.
+        reward_model: `LabelledTexts`, texts with the special tokens around them, whose beginning is cut to max_tokens;
+        prompts: `Prompts`, the first half of a review's words (of its tokens, where words are not written apart),
+            left-truncated and left-padded. Validation adds batches of packed human text [B, block_size], on which the
+            policy's perplexity is measured.
+
+    What the tokenizer puts before a text stands before each text and each prompt.
 
     Args:
         task: which stage to serve.
@@ -42,7 +48,7 @@ class ReviewsDataModule(TextDataModule):
         block_size: tokens of a packed block.
         max_tokens: longest text of the reward model; longer ones lose their beginning.
         max_prompt_tokens: longest prompt; longer ones lose their beginning.
-        prompt_fraction: share of a review's words that makes the prompt.
+        prompt_fraction: share of a review's words (or tokens) that makes the prompt.
         eval_prompts: prompts of a validation.
         eval_texts: human texts on which perplexity is measured, of a policy or a language model.
         limit_texts: use only so many training texts.
@@ -141,16 +147,14 @@ class ReviewsDataModule(TextDataModule):
 
     def _collate_labelled(self, rows: list[tuple[str, int]]) -> LabelledTexts:
         texts, labels = zip(*rows, strict=True)
-        encoded = [ids[-self.max_tokens :] for ids in self.tokenizer(list(texts))["input_ids"]]
+        encoded = encode_whole(self.tokenizer, texts, self.max_tokens)
         tokens, mask = pad(encoded, self.tokenizer.pad_token_id, left=False)
         return LabelledTexts(tokens, mask, torch.tensor(labels))
 
     def _collate_prompts(self, rows: list[tuple[str, int]]) -> Prompts:
-        halves = [first_words(text, self.prompt_fraction) for text, _ in rows]
-        encoded = self.tokenizer(halves, add_special_tokens=False)["input_ids"]
-        return Prompts(
-            *pad([ids[-self.max_prompt_tokens :] for ids in encoded], self.tokenizer.pad_token_id, left=True)
-        )
+        halves = [first_part(self.tokenizer, text, self.prompt_fraction) for text, _ in rows]
+        encoded = self.encode_prompts(halves, self.max_prompt_tokens)
+        return Prompts(*pad(encoded, self.tokenizer.pad_token_id, left=True))
 
     def _check_size(self) -> None:
         rows = len(self.packed("train")) if self.task == "language_model" else len(self.splits["train"].texts)
@@ -167,13 +171,22 @@ def first_words(text: str, fraction: float) -> str:
     return " ".join(words[: max(1, int(len(words) * fraction))])
 
 
-def pack(tokenizer: PreTrainedTokenizerBase, texts: list[str], block_size: int) -> Tensor:
-    """Texts end to end with eos after each, cut into blocks [N, block_size]; what is left over is dropped."""
+def first_part(tokenizer: PreTrainedTokenizerBase, text: str, fraction: float) -> str:
+    """`first_words`; where words are not written apart, as in Chinese or Thai, the first share of the text's tokens."""
+    words = text.split(" ")
+    if len(words) > 1 and len(text) <= LONG_WORD * len(words):
+        return first_words(text, fraction)
+    if not tokenizer.is_fast:  # the others do not say where in the text a token ends
+        return text[: max(1, int(len(text) * fraction))]
+    ends = [end for _, end in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]]
+    return text[: ends[max(1, int(len(ends) * fraction)) - 1]] if ends else text
+
+
+def pack(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], block_size: int) -> Tensor:
+    """Texts end to end, each with what stands before a text and eos after it, cut into blocks [N, block_size]; what is
+    left over is dropped."""
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    stream: list[int] = []
-    for start in range(0, len(texts), 1000):
-        for ids in tokenizer(texts[start : start + 1000], add_special_tokens=False, verbose=False)["input_ids"]:
-            stream += ids + eos
+    stream = [token for ids in encode_open(tokenizer, texts) for token in (*ids, *eos)]
     blocks = len(stream) // block_size
     if blocks == 0:
         raise UserError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ from elastic_lightning.data.reviews import pack
 from elastic_lightning.data.tokenizers import train_bpe
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import PreferenceBatch, Prompts, pad
-from elastic_lightning.policies.encoding import CHUNK, IDS_ALONE
+from elastic_lightning.policies.special_tokens import Frame
 
 PART_OF_TASK = {"supervised": "supervised", "pairs": "reward", "prompts": "rl"}
 CHOICES = {
@@ -39,7 +38,7 @@ class StackExchangeDataModule(TextDataModule):
     ``score_j, score_k``; or ``question, answers``, best first. The columns tell which. Validation and test are halves
     of the held-out questions, and equal questions are one question. Streams of the hub are read in their order until
     there are enough questions; from there on they are lists as all other data, so that any rank and any resumed run
-    finds the same rows.
+    finds the same rows. What the tokenizer puts before a text stands before each text and each prompt.
 
     Batches:
         supervised: tokens [B, block_size], texts packed end to end with eos between them; all tokens are targets;
@@ -56,6 +55,7 @@ class StackExchangeDataModule(TextDataModule):
         part: Literal["supervised", "reward", "rl"] | None = None,
         shares: Shares = Shares(),  # noqa: B008 (frozen)
         prompt_format: Literal["question_answer", "chat"] = "question_answer",
+        special_tokens: bool = False,
         batch_size: int = 16,
         eval_batch_size: int = 16,
         tokenizer: str | None = None,
@@ -81,6 +81,8 @@ class StackExchangeDataModule(TextDataModule):
             shares: how files are shared out, by a hash of the question's text; the same in all stages. The hub's data
                 set has parts of its own.
             prompt_format: "Question: …\\n\\nAnswer: …" or the tokenizer's chat template.
+            special_tokens: keep the chat template's special tokens in pairs, for a reward that reads them (its option
+                of this name).
             batch_size: rows a training batch on one process.
             eval_batch_size: rows a validation or test batch.
             tokenizer: hub id or folder; that of the model being trained by default.
@@ -108,7 +110,7 @@ class StackExchangeDataModule(TextDataModule):
             if locals()[name] not in choices:
                 raise UserError(f"data's {name} must be one of {', '.join(choices)}, got {locals()[name]}")
         self.path, self.hub_id, self.task, self.shares = path, hub_id, task, shares
-        self.part, self.prompt_format = part, prompt_format
+        self.part, self.prompt_format, self.special_tokens = part, prompt_format, special_tokens
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.max_prompt_tokens = max_prompt_tokens if task == "prompts" else None  # a policy checks it
         self.block_size, self.max_tokens, self.overlong = block_size, max_tokens, overlong
@@ -162,9 +164,7 @@ class StackExchangeDataModule(TextDataModule):
         """Token ids of the split's prompts of max_prompt_tokens or fewer."""
         if ("prompts", split) not in self._rows:
             texts = [self.dialogue.prompt(question.text) for question in self.splits[split]]
-            chunks = (texts[start : start + CHUNK] for start in range(0, len(texts), CHUNK))
-            encode = functools.partial(self.tokenizer, add_special_tokens=False, **IDS_ALONE)
-            rows = [ids for chunk in chunks for ids in encode(chunk)["input_ids"]]
+            rows = self.encode_prompts(texts)
             kept = [ids for ids in rows if len(ids) <= self.max_prompt_tokens]
             long = f"{split} questions longer than {self.max_prompt_tokens} tokens"
             _tell(kept, len(rows) - len(kept), f"{long}, left out", "raise data's max_prompt_tokens")
@@ -174,17 +174,23 @@ class StackExchangeDataModule(TextDataModule):
     def pairs(self, split: str) -> list[Preference]:
         """The split's pairs, of which no text is longer than max_tokens."""
         if ("pairs", split) not in self._rows:
-            read = AsRewardsRead(self.dialogue, self.tokenizer) if self.prompt_format == "chat" else self.dialogue
+            read = self.dialogue
+            if self.prompt_format == "chat":
+                read = AsRewardsRead(read, self.tokenizer, self.special_tokens)
             rows = encode_pairs(self.tokenizer, read, self.splits[split], self.per_question, self.seed)
             if not rows:
                 raise UserError(f"no {split} question has two different answers, and a reward model learns from pairs")
             short = [row for row in rows if row.longest() <= self.max_tokens]
-            kept = short if self.overlong == "drop" else [row.shortened(self.max_tokens) for row in rows]
+            kept = short if self.overlong == "drop" else self._shortened(rows)
             done = "left out" if self.overlong == "drop" else "cut at the beginning"
             long = f"{split} pairs with a text longer than {self.max_tokens} tokens"
             _tell(kept, len(rows) - len(short), f"{long}, {done}", "raise data's max_tokens")
             self._rows["pairs", split] = kept
         return self._rows["pairs", split]
+
+    def _shortened(self, rows: list[Preference]) -> list[Preference]:
+        frame = Frame.of(self.tokenizer)
+        return [row.shortened(self.max_tokens, frame) for row in rows]
 
     def _task_rows(self, split: str) -> Any:
         if self.task == "supervised":

@@ -18,7 +18,7 @@ TAIL = 8  # tokens in which a stop string is looked for while decoding; none pub
 class PolicyCompleter:
     """Samples from a policy, row after row: a call goes on with the random numbers where the last one ended.
 
-    Prompts get the special tokens that their tokenizer puts before a text.
+    Prompts are encoded as everywhere, with what their tokenizer puts before a text.
 
     Args:
         policy: in eval mode.
@@ -37,7 +37,7 @@ class PolicyCompleter:
         stops: Sequence[str] = (),
     ) -> None:
         self.policy, self.tokenizer, self.sampling, self.seed = policy, tokenizer, sampling, seed
-        self.stops = tuple(stops)
+        self.stops, self.drawn = tuple(stops), policy.lm.drawn_tokens(tokenizer)
         self.rows = 0
 
     @classmethod
@@ -57,19 +57,17 @@ class PolicyCompleter:
         rows = torch.arange(len(prompts), device=batch.tokens.device) + self.rows
         self.rows += len(prompts)
         uniforms = counter_uniforms(self.seed, 0, rows, self.sampling.max_new_tokens)
-        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         stop = self._stopped if self.stops else None
-        rollout = sample(self.policy, batch, self.sampling, uniforms, eos, pad, stop=stop)
+        rollout = sample(self.policy, batch, self.sampling, uniforms, stop=stop, **self.drawn._asdict())
         return self.policy.lm.decode(self.tokenizer, batch, rollout.responses).responses
 
     def check(self, prompts: list[str]) -> None:
         """Raise what `complete` would, before any is drawn."""
-        self._check_length(max(len(tokens) for tokens in self.tokenizer(prompts)["input_ids"]))
+        self._check_length(max(map(len, self.policy.lm.encode_rows(self.tokenizer, prompts))))
 
     def _encode(self, prompts: list[str]) -> Prompts:
-        encoded = self.tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
         device = next(self.policy.parameters()).device
-        return Prompts(encoded["input_ids"].to(device), encoded["attention_mask"].bool().to(device))
+        return Prompts(*(part.to(device) for part in self.policy.lm.encode(self.tokenizer, prompts)))
 
     def _check_length(self, tokens: int) -> None:
         context, new = self.policy.lm.longest_text, self.sampling.max_new_tokens

@@ -34,7 +34,7 @@ from elastic_lightning.evaluation.tax import FILE, describe
 from elastic_lightning.locks import locked
 from elastic_lightning.outputs import check_absent, check_writable, write_whole
 from elastic_lightning.policies import ActorCritic, CausalLM, Sampling
-from elastic_lightning.rewards import Reward, score
+from elastic_lightning.rewards import Reward, reads_special_tokens, score
 from elastic_lightning.terminal import PlainConsole
 
 RECORDS = "humaneval.jsonl"
@@ -49,6 +49,8 @@ class TextOptions:
         column: of the table; without it, `question` with `answers` or `response_j`: the answer is scored.
         length: tokens in a window.
         stride: tokens that a window is further on than the one before.
+        packed: measure as a run's validation does, in blocks of `length` tokens (data's block_size): texts end to end
+            with an end of text after each, which is scored too. By default each text is read by itself.
         limit: only the first so many rows.
         shares: of a file of questions that `StackExchangeDataModule` shares out among stages: read those alone that it
             holds out for a test.
@@ -59,6 +61,7 @@ class TextOptions:
     column: str = "text"
     length: int = 1024
     stride: int = 512
+    packed: bool = False
     limit: int | None = None
     shares: Shares | None = None
     batch_size: int = 8
@@ -146,7 +149,8 @@ def evaluate(
     policy.to("cuda" if torch.cuda.is_available() else "cpu")
     parts: dict[str, Callable[[], dict[str, Any]]] = {}
     if texts is not None:
-        documents = read_documents(texts.path, tokenizer, texts.column, texts.limit, texts.shares)
+        block = texts.length if texts.packed else None
+        documents = read_documents(texts.path, tokenizer, texts.column, texts.limit, texts.shares, block)
         parts["perplexity"] = lambda: measure_perplexity(policy, documents, texts)
     if questions is not None:
         reward.to(next(policy.parameters()).device)
@@ -197,15 +201,16 @@ def measure_reward(
     parts: dict[str, list[float]] = {}
     lengths: list[int] = []
     complete: list[bool] = []
+    special = reads_special_tokens(reward)
     with _progress("reward {task.fields[value]:.4g}") as progress:
         task = progress.add_task("", total=len(prompts), value=float("nan"))
         for start in range(0, len(prompts), options.batch_size):
             batch = prompts[start : start + options.batch_size]
-            answers = generate(
-                policy, tokenizer, batch, options.sampling, options.seed, 1, options.batch_size, first_row=start
-            )
+            rows = {"first_row": start, "special_tokens": special}
+            answers = generate(policy, tokenizer, batch, options.sampling, options.seed, 1, options.batch_size, **rows)
             asked, responses = ([row[name] for row in answers] for name in ("prompt", "response"))
-            scores = score(reward, asked, responses)
+            marked = zip(*(row["marked"] for row in answers), strict=True) if special else None
+            scores = score(reward, asked, responses, marked and tuple(map(list, marked)))
             valid = torch.ones(len(batch), dtype=torch.bool) if scores.valid is None else scores.valid.cpu()
             rewards += scores.total.cpu()[valid].tolist()
             for name, part in scores.components.items():

@@ -39,15 +39,18 @@ def generate(
     samples: int = 1,
     batch_size: int = 32,
     first_row: int = 0,
+    special_tokens: bool = False,
 ) -> list[dict[str, Any]]:
     """Draw `samples` responses to each prompt; one dict of prompt, response, complete and tokens for each.
 
-    `tokens` is the length of the response, `complete` whether it ended by itself.
+    `tokens` is the length of the response, `complete` whether it ended by itself; `special_tokens` adds `marked`, the
+    pair of prompt and response with those within them.
     Row after row has random numbers of its own, counted from `first_row`.
 
     Raises:
         UserError: a prompt has no tokens, or does not fit the model's context with its response.
     """
+    drawn = policy.lm.drawn_tokens(tokenizer)._asdict()
     repeated = [prompt for prompt in prompts for _ in range(samples)]
     rows: list[dict[str, Any]] = []
     for start in range(0, len(repeated), batch_size):
@@ -56,13 +59,16 @@ def generate(
         index = torch.arange(len(batch.tokens), device=batch.tokens.device) + first_row + start
         uniforms = counter_uniforms(seed, 0, index, sampling.max_new_tokens)
         lengths = draw_lengths(seed, 0, index, sampling)
-        ends = tokenizer.eos_token_id, tokenizer.pad_token_id
-        rollout = sample(policy, batch, sampling, uniforms, *ends, lengths=lengths)
+        rollout = sample(policy, batch, sampling, uniforms, lengths=lengths, **drawn)
         texts = policy.lm.decode(tokenizer, batch, rollout.responses)
-        rows += [
+        done = [
             {"prompt": prompt, "response": response, "complete": complete, "tokens": tokens}
             for prompt, response, complete, tokens in zip(*texts, rollout.mask.sum(dim=1).tolist(), strict=True)
         ]
+        if special_tokens:
+            marked = policy.lm.decode(tokenizer, batch, rollout.responses, special_tokens=True)
+            done = [row | {"marked": pair} for row, pair in zip(done, zip(*marked[:2], strict=True), strict=True)]
+        rows += done
     return rows
 
 

@@ -11,8 +11,10 @@ from elastic_lightning.data.dialogue import QuestionAnswer
 from elastic_lightning.data.files import is_saved, read_saved, read_splits, read_tables, table_files, text_column
 from elastic_lightning.data.question_sources import HUB_EVALUATION
 from elastic_lightning.data.questions import Shares, evaluation_half, key_of
+from elastic_lightning.data.reviews import pack
 from elastic_lightning.errors import UserError
 from elastic_lightning.evaluation.perplexity import Document
+from elastic_lightning.policies.special_tokens import encode_open
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,6 +30,7 @@ def read_documents(
     name: str = "text",
     limit: int | None = None,
     shares: Shares | None = None,
+    block: int | None = None,
 ) -> list[Document]:
     """Documents of a file: the column `name` of a table, its questions with their best answers, or a plain text as one.
 
@@ -41,16 +44,18 @@ def read_documents(
         name: of the column; where there is none, `question` and `answers` or `response_j`.
         limit: only the first so many rows; of questions, each once, so many questions.
         shares: of a file of questions that stages share: read those alone that are held out for a test.
+        block: not one document a text, but blocks of so many tokens as data modules pack them for a validation: texts
+            end to end with an end of text after each, all scored.
 
     Raises:
         UserError: no such file, or nothing in it that can be read.
     """
     if _is_plain_text(path):
-        return [Document(encode(tokenizer, _read_text(path)))]
+        return _documents(tokenizer, [_read_text(path)], block)
     table = _table(path, shares)
     if name in table.column_names:
         texts = text_column(table.select(range(min(limit or len(table), len(table)))), name, "texts.column")
-        return [Document(encode(tokenizer, text)) for text in texts if text]
+        return _documents(tokenizer, [text for text in texts if text], block)
     answers = next((known for known in ANSWERS if known in table.column_names), None)
     if "question" not in table.column_names or answers is None:
         raise UserError(
@@ -62,7 +67,10 @@ def read_documents(
     for question, answer in zip(questions, map(_best, table[answers]), strict=True):
         if question and answer:
             answered.setdefault(key_of(question), (question, answer))
-    return [_answered(tokenizer, *pair) for pair in [*answered.values()][:limit]]
+    pairs = [*answered.values()][:limit]
+    if block is not None:
+        return _documents(tokenizer, [DIALOGUE.text(*pair) for pair in pairs], block)
+    return [_answered(tokenizer, *pair) for pair in pairs]
 
 
 def read_prompts(
@@ -132,9 +140,14 @@ def _all_tables(path: Path) -> Dataset:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids with what the tokenizer puts before a text, and without an end of text after it."""
-    tokens = tokenizer(text, verbose=False)["input_ids"]
-    return tokens[:-1] if tokens and tokens[-1] == tokenizer.eos_token_id else tokens
+    """Token ids with what the tokenizer puts before a text, and nothing after it."""
+    return encode_open(tokenizer, [text])[0]
+
+
+def _documents(tokenizer: PreTrainedTokenizerBase, texts: list[str], block: int | None) -> list[Document]:
+    if block is None:
+        return [Document(encode(tokenizer, text)) for text in texts]
+    return [Document(row) for row in pack(tokenizer, texts, block).tolist()]
 
 
 def _answered(tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -> Document:

@@ -14,16 +14,17 @@ from transformers import PreTrainedTokenizerBase
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import CausalLM, Prompts, Responses, load_policy
 from elastic_lightning.policies.language_model import context_length
+from elastic_lightning.policies.special_tokens import Frame
 
 
 class LanguageModelNLL(Metric):
     """Negative log-likelihood of responses under a frozen causal language model, in nats a token of that model.
 
-    A response is read alone, without its prompt, by the model's own tokenizer: after the begin-of-text token (the
-    end-of-text token where there is none, as in packed training text), which is not scored. A response that ended pays
-    for its end-of-text token, which counts as a token; one that was cut off does not. So an empty response is that one
-    token, or nothing at all. All nats over all tokens: a long response counts for more than a short one. A text longer
-    than the model's context counts up to there. NaN without tokens.
+    A response is read alone, without its prompt, by the model's own tokenizer: after what that puts before a text, or
+    the begin-of-text token (the end-of-text token where there is none, as in packed training text), which is not
+    scored. A response that ended pays for its end-of-text token, which counts as a token; one that was cut off does
+    not. So an empty response is that one token, or nothing at all. All nats over all tokens: a long response counts for
+    more than a short one. A text longer than the model's context counts up to there. NaN without tokens.
 
     The model moves to the metric's device and is no submodule: no checkpoint, optimizer or DDP wrapper sees it.
 
@@ -60,7 +61,7 @@ class LanguageModelNLL(Metric):
         self.name, self.batch_size = name, batch_size
         loaded = load_policy(path, dtype=dtype, trust_remote_code=trust_remote_code)
         self.tokenizer = loaded.tokenizer
-        if self.tokenizer.bos_token_id is None and self.tokenizer.eos_token_id is None:
+        if beginning(self.tokenizer) == [None]:
             raise UserError(f"the tokenizer of {path} has neither bos_token nor eos_token: no text can begin")
         self._model = (CausalLM(loaded.model.requires_grad_(False)),)  # in a tuple, where torch sees no submodule
         for state in ("total", "tokens"):
@@ -71,7 +72,7 @@ class LanguageModelNLL(Metric):
         (model,) = self._model
         model.to(self.device)
         rows = encode(self.tokenizer, responses, complete, context_length(model.model))
-        begin = self.tokenizer.eos_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+        begin = beginning(self.tokenizer)
         for texts in batches(rows, self.batch_size, self.device):
             self.total = self.total + text_nll(model, begin, texts).sum()
             self.tokens = self.tokens + texts.mask.sum()
@@ -102,10 +103,16 @@ def batches(rows: list[list[int]], size: int, device: torch.device) -> Iterator[
         yield Responses(pad_sequence(chunk, batch_first=True), mask)
 
 
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int | None]:
+    """The tokens that a text of its own follows; [None] where the tokenizer has none."""
+    special = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return Frame.of(tokenizer).before or [special]
+
+
 @torch.no_grad()
-def text_nll(model: CausalLM, begin: int, texts: Responses) -> Tensor:
-    """Nats [B] float64 of whole texts that follow the token `begin`; in the type of the weights, autocast or not."""
-    start = torch.full_like(texts.tokens[:, :1], begin)
+def text_nll(model: CausalLM, begin: Sequence[int], texts: Responses) -> Tensor:
+    """Nats [B] float64 of whole texts that follow the tokens `begin`; in the type of the weights, autocast or not."""
+    start = torch.tensor([begin], device=texts.tokens.device).expand(len(texts.tokens), -1)
     with torch.autocast(start.device.type, enabled=False):
         hidden = model.response_hidden(Prompts(start, torch.ones_like(start, dtype=torch.bool)), texts)
         return -model.token_statistics(hidden, texts).logprobs.sum(dim=1, dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -14,9 +15,9 @@ from elastic_lightning.errors import UserError
 from elastic_lightning.functional import TokenStatistics
 from elastic_lightning.policies.batches import Prompts, Responses
 from elastic_lightning.policies.cache import PreallocatedLayer
-from elastic_lightning.policies.encoding import pad
 from elastic_lightning.policies.language_model import PolicyLM
 from elastic_lightning.policies.layers import checkpointed, layer_stack, recorded, replayed, train_upper_layers
+from elastic_lightning.policies.special_tokens import encode_open
 from elastic_lightning.policies.text import Texts, decode_texts
 
 
@@ -160,12 +161,19 @@ class CausalLM(PolicyLM):
 
     # Texts ------------------------------------------------------------------------------------------------------
 
-    def encode(self, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Prompts:
-        rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # to be continued: without an end
-        return Prompts(*pad(rows, tokenizer.pad_token_id, left=True))
+    def encode_rows(
+        self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], longest: int | None = None
+    ) -> list[list[int]]:
+        return encode_open(tokenizer, texts, longest)
 
-    def decode(self, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, responses: Responses) -> Texts:
-        return decode_texts(tokenizer, prompts, responses)
+    def decode(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Prompts,
+        responses: Responses,
+        special_tokens: bool = False,
+    ) -> Texts:
+        return decode_texts(tokenizer, prompts, responses, self.ends(tokenizer), special_tokens)
 
     def check_context(self, prompt_tokens: int, new_tokens: int) -> None:
         context, total = self.longest_text, prompt_tokens + new_tokens

@@ -75,11 +75,13 @@ def trained_classifier(source: ModelSource) -> PreTrainedModel:
 
 
 def pad_like(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let a classifier know padding by the tokenizer's pad id, in its vocabulary or not.
+    """Let a classifier know padding by an id of its own: the tokenizer's, or one of no text where that is eos too.
 
-    The head of a decoder scores the last token that is not its pad id.
+    The head of a decoder scores the last token that is not its config's `pad_token_id`, with which batches are padded.
     """
-    model.config.pad_token_id = tokenizer.pad_token_id
+    rows = model.get_input_embeddings().num_embeddings
+    others = [getattr(tokenizer, f"{name}_token_id") for name in ("eos", "unk", "bos")]
+    model.config.pad_token_id = rows if tokenizer.pad_token_id in others else tokenizer.pad_token_id
     model.get_input_embeddings().register_forward_pre_hook(hide_foreign_tokens)
 
 

@@ -11,9 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies.batches import PairedTexts, Prompts, Responses
-
-CHUNK = 1000  # texts tokenized at a time
-IDS_ALONE = {"verbose": False, "return_attention_mask": False, "return_token_type_ids": False}
+from elastic_lightning.policies.special_tokens import IDS_ALONE, Frame, in_chunks, plain_ids
 
 
 class EncodedPairs(NamedTuple):
@@ -30,10 +28,24 @@ class EncodedPairs(NamedTuple):
         return EncodedPairs(*([side[index] for index in indices] for side in self))
 
 
-def encode_source(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], eos: bool) -> list[list[int]]:
-    """Token ids of each text, as a translator reads it; `eos` says whether each ends in the end-of-text token."""
-    encoded = _in_chunks(lambda chunk: tokenizer(chunk, **IDS_ALONE), texts)
-    return [_ending(ids, tokenizer, eos) for ids in encoded]
+def encode_source(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], eos: bool, longest: int | None = None
+) -> list[list[int]]:
+    """Token ids of each text, as a translator reads it: in its tokenizer's `Frame`, cut to `longest` tokens.
+
+    `eos` says whether the end-of-text token is among what stands after a text, which some tokenizers put there and some
+    do not; a text that spells it out has it nowhere else.
+    """
+    end, (before, after) = eos_token_id(tokenizer), Frame.of(tokenizer)
+    if not eos:
+        after = [token for token in after if token != end]
+    elif end not in after:
+        after = [*after, end]
+    else:
+        after = [*dict.fromkeys(after)]
+    frame = Frame(before, after)
+    rows = plain_ids(tokenizer, texts)
+    return [frame.around([token for token in ids if token != end], longest) for ids in rows]
 
 
 def encode_target(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -41,8 +53,9 @@ def encode_target(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> l
 
     A tokenizer may have a vocabulary of its own for this side, as Marian's do.
     """
-    encoded = _in_chunks(lambda chunk: tokenizer(text_target=chunk, **IDS_ALONE), texts)
-    return [_ending(ids, tokenizer, eos=True) for ids in encoded]
+    end = eos_token_id(tokenizer)  # some tokenizers add it and some do not; and a text may spell it out
+    encoded = in_chunks(lambda chunk: tokenizer(text_target=chunk, **IDS_ALONE), texts)
+    return [[*(token for token in ids if token != end), end] for ids in encoded]
 
 
 def within(pairs: EncodedPairs, longest_source: int, longest_target: int) -> list[int]:
@@ -75,17 +88,6 @@ def eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no eos token, and a translation must end: give another tokenizer")
     return tokenizer.eos_token_id
-
-
-def _in_chunks(encode, texts: Sequence[str]) -> list[list[int]]:
-    starts = range(0, len(texts), CHUNK)
-    return [ids for start in starts for ids in encode(list(texts[start : start + CHUNK]))["input_ids"]]
-
-
-def _ending(ids: list[int], tokenizer: PreTrainedTokenizerBase, eos: bool) -> list[int]:
-    """Some tokenizers add eos and some do not; and a text may spell it out."""
-    end = eos_token_id(tokenizer)
-    return [token for token in ids if token != end] + [end] * eos
 
 
 def pad(rows: list[list[int]], pad_token_id: int, left: bool) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from elastic_lightning.policies.batches import Prompts
 from elastic_lightning.policies.capture import autocast_dtype, captured, fit_for_capture
 from elastic_lightning.policies.causal import CausalLM
 from elastic_lightning.policies.sampling import Rollout, Sampling, choose, finish
+from elastic_lightning.policies.special_tokens import Ends, end_ids
 from elastic_lightning.policies.static_steps import BUCKET, read_prompts, static_cache, static_steps_agree
 
 
@@ -30,10 +31,11 @@ class GraphSampler:
     Args:
         policy: whose value head is read.
         sampling: how responses are drawn.
-        eos_token_id: ends a response; None has no end.
+        eos_token_id: ends a response, or several that do; None has no end.
         pad_token_id: stands after the end.
         lm: what decodes; the policy's own model by default. What it is must not change from call to call (an adapter
             switched off): a graph is what was captured.
+        textless: ids [N] that are never drawn.
 
     Raises:
         UserError: a static step of this model is not the step that it takes otherwise, see `static_steps_agree`.
@@ -43,12 +45,13 @@ class GraphSampler:
         self,
         policy: ActorCritic,
         sampling: Sampling,
-        eos_token_id: int | None,
+        eos_token_id: Ends,
         pad_token_id: int,
         lm: CausalLM | None = None,
+        textless: Tensor | None = None,
     ) -> None:
         self.policy, self.sampling = policy, sampling
-        self.eos_token_id, self.pad_token_id = eos_token_id, pad_token_id
+        self.ends, self.pad_token_id, self.textless = end_ids(eos_token_id), pad_token_id, textless
         self.lm = policy.lm if lm is None else lm
         if not static_steps_agree(self.lm):
             raise UserError(
@@ -112,6 +115,7 @@ class _StaticDecode:
             buffer(rows, steps, dtype=dtype) for dtype in (torch.int64, torch.bool, torch.float32, torch.float32)
         )
         self.cache = static_cache(sampler.lm, capacity, self.column)
+        self.textless = None if sampler.textless is None else sampler.textless.to(device)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def start(self, prompts: Prompts, uniforms: Tensor, lengths: Tensor) -> None:
@@ -132,11 +136,11 @@ class _StaticDecode:
 
     def run(self, longest: int) -> int:
         """Draw until every row has ended, the last one after `longest` tokens; returns the number of tokens drawn."""
-        sampling, eos = self.sampler.sampling, self.sampler.eos_token_id
+        sampling, ends = self.sampler.sampling, self.sampler.ends
         self._draw()
         for drawn in range(1, longest):
             # Asking a GPU means waiting for it: only where every response can have ended.
-            if eos is not None and drawn >= sampling.first_end and not self.alive.any():
+            if ends and drawn >= sampling.first_end and not self.alive.any():
                 return drawn
             if self.graph is not None:
                 self.graph.replay()
@@ -163,7 +167,8 @@ class _StaticDecode:
             sampler.sampling,
             uniforms,
             self.position,
-            sampler.eos_token_id,
+            sampler.ends,
+            self.textless,
         )
         written = (
             torch.where(self.alive, choice.tokens, sampler.pad_token_id),
@@ -173,8 +178,8 @@ class _StaticDecode:
         )
         for output, column in zip(self.outputs, written, strict=True):
             output.index_copy_(1, self.position, column[:, None].to(output.dtype))
-        if sampler.eos_token_id is not None:
-            self.alive &= choice.tokens != sampler.eos_token_id
+        for end in sampler.ends:
+            self.alive &= choice.tokens != end
         self.position += 1
         self.alive &= self.position < self.lengths
         self.tokens.copy_(torch.where(self.alive, choice.tokens, 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from elastic_lightning.errors import UserError
 from elastic_lightning.functional import TokenLoss, TokenStatistics, output_loss, output_statistics
 from elastic_lightning.policies.batches import PairedTexts, Prompts, Responses
+from elastic_lightning.policies.encoding import pad
+from elastic_lightning.policies.special_tokens import DrawnTokens, end_tokens, textless_tokens
 from elastic_lightning.policies.text import Texts
 
 PROBE = 50.0  # a logit that any soft-capping or scaling changes
@@ -86,12 +89,20 @@ class PolicyLM(nn.Module, ABC):
         """Whether `GraphSampler` can decode with a cache of so many columns."""
 
     @abstractmethod
-    def encode(self, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Prompts:
-        """B texts as prompts."""
+    def encode_rows(
+        self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], longest: int | None = None
+    ) -> list[list[int]]:
+        """Token ids of texts as prompts, in the tokenizer's `Frame`; cut at the beginning to `longest` tokens."""
 
     @abstractmethod
-    def decode(self, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, responses: Responses) -> Texts:
-        """The texts of prompts and responses."""
+    def decode(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Prompts,
+        responses: Responses,
+        special_tokens: bool = False,
+    ) -> Texts:
+        """The texts of prompts and responses; `special_tokens` keeps those within them."""
 
     @abstractmethod
     def check_context(self, prompt_tokens: int, new_tokens: int) -> None:
@@ -136,6 +147,22 @@ class PolicyLM(nn.Module, ABC):
         """Negative log-likelihood of the targets given their sources, in nats, summed over tokens; differentiable."""
         hidden = self.response_hidden(*pairs)
         return self.token_loss(hidden, pairs.target, lambda logprobs, entropy, part: -logprobs.sum())[0]
+
+    # Texts ------------------------------------------------------------------------------------------------------
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Prompts:
+        """B texts as prompts."""
+        return Prompts(*pad(self.encode_rows(tokenizer, texts), tokenizer.pad_token_id, left=True))
+
+    def ends(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+        """All tokens that end a response: the tokenizer's, and those of the model's generation config."""
+        generation_config = getattr(self._plain, "generation_config", None)
+        return end_tokens(tokenizer, generation_config, self._output_layer.out_features)
+
+    def drawn_tokens(self, tokenizer: PreTrainedTokenizerBase) -> DrawnTokens:
+        """What sampling from this model must know of its tokenizer."""
+        textless = textless_tokens(tokenizer, self._output_layer.out_features)
+        return DrawnTokens(self.ends(tokenizer), tokenizer.pad_token_id, textless)
 
     # The model --------------------------------------------------------------------------------------------------
 

@@ -20,10 +20,9 @@ from elastic_lightning.policies.language_model import PolicyLM
 from elastic_lightning.policies.portions import out_of_memory
 from elastic_lightning.policies.quantization import Quantization, check_quantization, quantization_config
 from elastic_lightning.policies.reading import hub_offline, readable, reason_of
+from elastic_lightning.policies.saving import PAD_TOKENS, usable_pad
 from elastic_lightning.policies.seq2seq import Seq2SeqLM
 from elastic_lightning.policies.sources import Dtype, LoRA, ModelSource
-
-PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]")  # where the tokenizer has none of its own: the first it knows, or adds
 
 
 class LoadedPolicy(NamedTuple):
@@ -94,11 +93,11 @@ def as_policy(model: nn.Module, trainable_layers: int | None = None, gradient_ch
 
 
 def load_tokenizer(path: str, gguf_file: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load a tokenizer; one without a pad token, or whose pad token is its eos token, gets a pad token of its own.
+    """Load a tokenizer; one without a pad token pads with another special token, such as eos.
 
-    With pad = eos the model never learns to stop, because the mask that hides padding hides the end of text too. The
-    embedding is not resized: pad ids are masked, and replaced by 0, before every forward. Some tokenizers (Marian's,
-    T5's) append the end-of-text token to what they encode; `encoding` ends each text once.
+    Pad may be eos: what is padding is said by masks alone, and pad ids are replaced by 0 before every forward, so that
+    a model learns to stop all the same. Some tokenizers (Marian's, T5's) append the end-of-text token to what they
+    encode; `encoding` ends each text once.
     """
     gguf_file = gguf_file or lone_gguf(path)
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
@@ -109,10 +108,8 @@ def load_tokenizer(path: str, gguf_file: str | None = None, trust_remote_code: b
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **extra)
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of no file at all
         raise UserError(f"cannot load the tokenizer from {path}: it holds no vocabulary (no tokenizer.json there?)")
-    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
-        known = tokenizer.get_vocab()
-        usable = [token for token in PAD_TOKENS if token in known and token != tokenizer.eos_token]
-        tokenizer.add_special_tokens({"pad_token": usable[0] if usable else PAD_TOKENS[0]})
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": usable_pad(tokenizer, len(tokenizer)) or PAD_TOKENS[0]})
     tokenizer.padding_side = "left"
     return tokenizer
 

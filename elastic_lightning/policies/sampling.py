@@ -13,6 +13,8 @@ from elastic_lightning.errors import UserError
 from elastic_lightning.policies.actor_critic import ActorCritic, scale
 from elastic_lightning.policies.batches import Prompts, Responses
 from elastic_lightning.policies.language_model import PolicyLM
+from elastic_lightning.policies.special_tokens import Ends, end_ids
+from elastic_lightning.policies.withholding import withhold_end, withhold_textless
 
 LENGTH_SEED = 0x1E46  # keeps the draws that cut responses apart from those that sample them
 BLOCK = 256  # tokens whose weights are summed first in a search
@@ -23,7 +25,8 @@ class Sampling:
     """How responses are drawn.
 
     Log-probabilities are always those of the temperature-scaled, *untruncated* distribution: `top_k`, `top_p` and
-    `min_new_tokens` restrict what is drawn, not what it is said to have cost.
+    `min_new_tokens` restrict what is drawn, not what it is said to have cost. So does what has no text: ids for which
+    the tokenizer has no token are never drawn.
 
     Attributes:
         max_new_tokens: longest response T.
@@ -96,36 +99,40 @@ def sample(
     prompts: Prompts,
     sampling: Sampling,
     uniforms: Tensor,
-    eos_token_id: int | None,
+    eos_token_id: Ends,
     pad_token_id: int,
     lm: PolicyLM | None = None,
     stop: Callable[[Tensor], Tensor] | None = None,
     lengths: Tensor | None = None,
     going_on: Callable[[Tensor], bool] = torch.any,
+    textless: Tensor | None = None,
 ) -> Rollout:
     """Draw one response a prompt. `uniforms` [B, max_new_tokens] in [0, 1) decide every draw: no hidden generator.
 
-    T is the length of the longest response: decoding stops when every row has ended. `lm` is what decodes, the policy's
-    own model by default. `stop` says of tokens [B, t] so far which rows [B] end here, beside those with an end of text
-    and those with as many tokens as `lengths` [B] says (`draw_lengths`; `max_new_tokens` by default); `going_on` says
-    of the rows [B] that have not ended whether to decode on, which processes may decide together.
+    T is the length of the longest response: decoding stops when every row has ended. `eos_token_id` is the token that
+    ends a response, or several; `textless` are ids never drawn (`PolicyLM.drawn_tokens` gives both). `lm` is what
+    decodes, the policy's own model by default. `stop` says of tokens [B, t] so far which rows [B] end here, beside
+    those with an end of text and those with as many tokens as `lengths` [B] says (`draw_lengths`; `max_new_tokens` by
+    default); `going_on` says of the rows [B] that have not ended whether to decode on, which processes may decide
+    together.
     """
     lm = policy.lm if lm is None else lm
     together = going_on is not torch.any  # each step is then decided by all processes, whose lengths differ
     longest = sampling.max_new_tokens if lengths is None or together else int(lengths.max())
+    ends, textless = end_ids(eos_token_id), None if textless is None else textless.to(prompts.tokens.device)
     state, hidden = lm.start(prompts, sampling.max_new_tokens - 1)
     alive = torch.ones(len(prompts.tokens), dtype=torch.bool, device=prompts.tokens.device)
     columns: list[tuple[Tensor, ...]] = []
     for position in range(longest):
-        choice = choose(policy, lm, hidden, sampling, uniforms[:, position], position, eos_token_id)
+        choice = choose(policy, lm, hidden, sampling, uniforms[:, position], position, ends, textless)
         columns.append((torch.where(alive, choice.tokens, pad_token_id), alive, choice.logprobs, choice.values))
-        if eos_token_id is not None:
-            alive = alive & (choice.tokens != eos_token_id)
+        for end in ends:
+            alive = alive & (choice.tokens != end)
         if lengths is not None:
             alive = alive & (position + 1 < lengths)
         if stop is not None:
             alive = alive & ~stop(torch.stack([column[0] for column in columns], dim=1))
-        by_itself = eos_token_id is not None and position + 1 >= sampling.first_end
+        by_itself = bool(ends) and position + 1 >= sampling.first_end
         cut = together and lengths is not None
         if (by_itself or cut or stop is not None) and not going_on(alive):
             break
@@ -136,19 +143,27 @@ def sample(
 
 @torch.no_grad()
 def greedy(
-    lm: PolicyLM, prompts: Prompts, max_new_tokens: int, eos_token_id: int | None, pad_token_id: int
+    lm: PolicyLM,
+    prompts: Prompts,
+    max_new_tokens: int,
+    eos_token_id: Ends,
+    pad_token_id: int,
+    textless: Tensor | None = None,
 ) -> Responses:
-    """The most likely token at each step, up to the end-of-text token: one response a prompt, without a policy."""
+    """The most likely token that has a text at each step, up to an end: one response a prompt, without a policy."""
+    ends, textless = end_ids(eos_token_id), None if textless is None else textless.to(prompts.tokens.device)
     state, hidden = lm.start(prompts, max_new_tokens - 1)
     alive = torch.ones(len(prompts.tokens), dtype=torch.bool, device=prompts.tokens.device)
     columns: list[tuple[Tensor, Tensor]] = []
     for position in range(max_new_tokens):
-        tokens = lm.logits(hidden).argmax(dim=-1)
+        logits = lm.logits(hidden)
+        withhold_textless(logits, textless)
+        tokens = logits.argmax(dim=-1)
         columns.append((torch.where(alive, tokens, pad_token_id), alive))
-        if eos_token_id is not None:
-            alive = alive & (tokens != eos_token_id)
-            if not alive.any():
-                break
+        for end in ends:
+            alive = alive & (tokens != end)
+        if ends and not alive.any():
+            break
         if position + 1 < max_new_tokens:
             hidden = lm.step(state, torch.where(alive, tokens, 0))
     return Responses(*(torch.stack(column, dim=1) for column in zip(*columns, strict=True)))
@@ -161,16 +176,18 @@ def choose(
     sampling: Sampling,
     uniforms: Tensor,
     position: int | Tensor,
-    eos_token_id: int | None,
+    eos_token_id: Ends,
+    textless: Tensor | None = None,
 ) -> Choice:
     """Draw the next token of each row from the hidden states [B, H] that predict it."""
     logits = scale(lm.logits(hidden), sampling.temperature)  # from here on changed in place: each copy takes time
-    end = withhold_end(logits, sampling, position, eos_token_id)
+    withheld = withhold_end(logits, sampling, position, eos_token_id), withhold_textless(logits, textless)
     highest = logits.amax(dim=-1, keepdim=True)
     weights = logits.sub_(highest).exp()
     log_total = weights.sum(dim=-1).log()
-    if end is not None:
-        log_total = torch.logaddexp(log_total, end - highest.squeeze(-1))
+    for part in withheld:
+        if part is not None:
+            log_total = torch.logaddexp(log_total, part - highest.squeeze(-1))
     allowed = truncate(logits, sampling)
     tokens = search(weights, uniforms) if allowed is logits else draw(allowed, uniforms)
     logprobs = logits.gather(-1, tokens[:, None]).squeeze(-1) - log_total
@@ -184,17 +201,6 @@ def finish(
     if policy.value_trunk is not None:  # one parallel pass is cheaper than decoding a second trunk
         values = policy.values(prompts, Responses(tokens, mask))
     return Rollout(tokens, mask, logprobs.masked_fill(~mask, 0), values.masked_fill(~mask, 0))
-
-
-def withhold_end(logits: Tensor, sampling: Sampling, position: int | Tensor, eos_token_id: int | None) -> Tensor | None:
-    """Set the end's logit to -inf, in place in logits [B, V], at positions where it may not be drawn (a number, or a
-    tensor of one). Returns what it was [B], -inf where it may be drawn; None where it may be drawn anywhere."""
-    if eos_token_id is None or sampling.first_end == 0:
-        return None
-    end = logits[:, eos_token_id].clone()
-    early = torch.as_tensor(position < sampling.first_end, device=logits.device)
-    logits[:, eos_token_id] = end.masked_fill(early, -torch.inf)
-    return end.masked_fill(~early, -torch.inf)
 
 
 def truncate(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from elastic_lightning.errors import UserError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]")  # where a tokenizer has none of its own: the first that it knows
 
 
 def save_model(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path, adapter: str = "merged"
 ) -> None:
-    """Save model and tokenizer with `save_pretrained`.
+    """Save model and tokenizer with `save_pretrained`, so that plain transformers reads padded batches with them.
 
     Args:
         adapter: for a LoRA model, "merged" writes the base model with the adapter folded in, "adapter" the adapter
@@ -30,10 +35,60 @@ def save_model(
     if hasattr(model, "merge_and_unload") and adapter == "merged":
         # On a copy: merging and unmerging in place would leave rounding behind in the model being trained.
         model = copy.deepcopy(model).merge_and_unload()
-    model.save_pretrained(folder)
-    if getattr(getattr(model, "active_peft_config", None), "task_type", None) == "SEQ_CLS":
-        model.config.save_pretrained(folder)  # the names of its labels: peft keeps none, and the base model has others
+    tokenizer = for_plain_use(tokenizer, model)
+    with _padding_known(model, tokenizer):
+        model.save_pretrained(folder)
+        if getattr(getattr(model, "active_peft_config", None), "task_type", None) == "SEQ_CLS":
+            model.config.save_pretrained(folder)  # the names of its labels: peft keeps none, the base model has others
     tokenizer.save_pretrained(folder)
+
+
+def for_plain_use(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> PreTrainedTokenizerBase:
+    """A copy that pads as `model` wants it: with a token that has an embedding, at the left where texts go on."""
+    tokenizer = copy.deepcopy(tokenizer)
+    rows = model.get_input_embeddings().num_embeddings
+    outside = tokenizer.pad_token_id
+    if outside is None or outside >= rows:
+        inside = (token for token, index in tokenizer.get_vocab().items() if index < rows)
+        tokenizer.pad_token = usable_pad(tokenizer, rows) or next(inside)
+        if outside is not None and tokenizer.is_fast:
+            _forget(tokenizer, outside)
+    tokenizer.padding_side = "left" if _plain(model).can_generate() and not model.config.is_encoder_decoder else "right"
+    tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side  # or transformers would not write it down
+    return tokenizer
+
+
+def _forget(tokenizer: PreTrainedTokenizerBase, token: int) -> None:
+    """Take an added token out of a tokenizer, in place: no text holds a pad token that was added for us."""
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    described["added_tokens"] = [added for added in described["added_tokens"] if added["id"] != token]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(described))
+
+
+def usable_pad(tokenizer: PreTrainedTokenizerBase, rows: int) -> str | None:
+    """A special token to pad with where a tokenizer has none for it, of an id below `rows`; None where it has none."""
+    known = tokenizer.get_vocab()
+    special = (*PAD_TOKENS, tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token)
+    return next((token for token in special if known.get(token, rows) < rows), None)
+
+
+@contextmanager
+def _padding_known(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Within this context the config of a classifier names the tokenizer's pad token, without which it reads no batch:
+    a decoder's head scores the last token before padding."""
+    if _plain(model).can_generate():
+        yield
+        return
+    config, before = model.config, model.config.pad_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    try:
+        yield
+    finally:
+        config.pad_token_id = before
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def check_mergeable(model: nn.Module) -> None:

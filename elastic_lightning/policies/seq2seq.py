@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from elastic_lightning.errors import UserError
 from elastic_lightning.functional import TokenStatistics
 from elastic_lightning.policies.batches import Prompts, Responses, right_padded
 from elastic_lightning.policies.cache import PreallocatedLayer
-from elastic_lightning.policies.encoding import encode_source, pad
+from elastic_lightning.policies.encoding import encode_source
 from elastic_lightning.policies.language_model import PolicyLM
 from elastic_lightning.policies.layers import checkpointed
 from elastic_lightning.policies.text import Texts, decode_apart
@@ -135,12 +136,19 @@ class Seq2SeqLM(PolicyLM):
 
     # Texts ------------------------------------------------------------------------------------------------------
 
-    def encode(self, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Prompts:
-        rows = encode_source(tokenizer, texts, eos=True)
-        return Prompts(*pad(rows, tokenizer.pad_token_id, left=True))
+    def encode_rows(
+        self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], longest: int | None = None
+    ) -> list[list[int]]:
+        return encode_source(tokenizer, texts, eos=True, longest=longest)
 
-    def decode(self, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, responses: Responses) -> Texts:
-        return decode_apart(tokenizer, prompts, responses)
+    def decode(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Prompts,
+        responses: Responses,
+        special_tokens: bool = False,
+    ) -> Texts:
+        return decode_apart(tokenizer, prompts, responses, self.ends(tokenizer), special_tokens)
 
     def check_context(self, prompt_tokens: int, new_tokens: int) -> None:
         context = self.longest_text

@@ -5,10 +5,12 @@ from __future__ import annotations
 from os.path import commonprefix
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from elastic_lightning.policies.batches import Prompts, Responses
+from elastic_lightning.policies.special_tokens import Ends, Frame, end_ids
 
 
 class Texts(NamedTuple):
@@ -22,36 +24,62 @@ class Texts(NamedTuple):
     complete: list[bool]
 
 
-def decode_texts(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, responses: Responses) -> Texts:
-    """Decode without special tokens and padding.
+def decode_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
+    responses: Responses,
+    ends: Ends = None,
+    special_tokens: bool = False,
+) -> Texts:
+    """Decode without padding, and without what ends a response: the token or tokens `ends`, by default the tokenizer's.
 
-    A response is the whole text minus the prompt's: decoded alone it would lose the space between the two.
+    A response is the whole text minus the prompt's: decoded alone it would lose the space between the two. With
+    `special_tokens` those within the text are kept, ``<think>`` or the marks of a turn, and not what the tokenizer puts
+    before a text.
     """
+    ends = tokenizer.eos_token_id if ends is None else ends
     prompt_texts, response_texts = [], []
-    for prompt, response in zip(_rows(*prompts), _rows(*responses), strict=True):
-        before = tokenizer.decode(prompt, skip_special_tokens=True)
-        whole = tokenizer.decode(prompt + response, skip_special_tokens=True)
+    frame = Frame.of(tokenizer).open if special_tokens else None
+    for prompt, response in zip(_rows(*prompts), _rows(*responses, ends), strict=True):
+        prompt = prompt if frame is None else frame.inside(prompt)
+        before = tokenizer.decode(prompt, skip_special_tokens=not special_tokens)
+        whole = tokenizer.decode(prompt + response, skip_special_tokens=not special_tokens)
         # Shorter than the prompt where a character is split between the two, or decoding cleans up across the border.
         before = commonprefix([before, whole])  # noqa: RUF071 (character by character is what is wanted)
         prompt_texts.append(before)
         response_texts.append(whole[len(before) :])
-    return Texts(prompt_texts, response_texts, ended(responses, tokenizer.eos_token_id).tolist())
+    return Texts(prompt_texts, response_texts, ended(responses, ends).tolist())
 
 
-def decode_apart(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, responses: Responses) -> Texts:
+def decode_apart(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
+    responses: Responses,
+    ends: Ends = None,
+    special_tokens: bool = False,
+) -> Texts:
     """`decode_texts` where a response is a text of its own, as an encoder-decoder writes it."""
+    ends = tokenizer.eos_token_id if ends is None else ends
+    sources = _rows(*prompts)
+    if special_tokens:
+        frame = Frame.of(tokenizer)
+        sources = [frame.inside(row) for row in sources]
     prompt_texts, response_texts = (
-        tokenizer.batch_decode(_rows(*part), skip_special_tokens=True) for part in (prompts, responses)
+        tokenizer.batch_decode(rows, skip_special_tokens=not special_tokens)
+        for rows in (sources, _rows(*responses, ends))
     )
-    return Texts(prompt_texts, response_texts, ended(responses, tokenizer.eos_token_id).tolist())
+    return Texts(prompt_texts, response_texts, ended(responses, ends).tolist())
 
 
-def ended(responses: Responses, eos_token_id: int | None) -> Tensor:
-    """Whether each response [B] holds the end-of-text token."""
-    if eos_token_id is None:
-        return responses.mask.new_zeros(len(responses.mask))
-    return ((responses.tokens == eos_token_id) & responses.mask).any(dim=1)
+def ended(responses: Responses, eos_token_id: Ends) -> Tensor:
+    """Whether each response [B] holds an end-of-text token."""
+    found = torch.zeros_like(responses.mask)
+    for end in end_ids(eos_token_id):
+        found |= responses.tokens == end
+    return (found & responses.mask).any(dim=1)
 
 
-def _rows(tokens: Tensor, mask: Tensor) -> list[list[int]]:
-    return [row[keep].tolist() for row, keep in zip(tokens.cpu(), mask.cpu(), strict=True)]
+def _rows(tokens: Tensor, mask: Tensor, left_out: Ends = None) -> list[list[int]]:
+    rows = [row[keep].tolist() for row, keep in zip(tokens.cpu(), mask.cpu(), strict=True)]
+    ends = set(end_ids(left_out))
+    return [[token for token in row if token not in ends] for row in rows] if ends else rows

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies.batches import PairedTexts, Prompts, Responses
-from elastic_lightning.policies.encoding import encode_source, encode_target, pad, truncated
+from elastic_lightning.policies.encoding import encode_target, pad, truncated
 from elastic_lightning.policies.loading import as_policy, disable_dropout, load_source
 from elastic_lightning.policies.sampling import greedy
 from elastic_lightning.policies.seq2seq import Seq2SeqLM
@@ -23,7 +23,7 @@ class Translator(nn.Module):
 
     def read(self, texts: list[str]) -> Prompts:
         """B texts as sources."""
-        rows = encode_source(self.tokenizer, texts, eos=True)
+        rows = self.lm.encode_rows(self.tokenizer, texts)
         if self.lm.longest_text is not None:
             rows = truncated(rows, self.lm.longest_text)
         return Prompts(*self._placed(pad(rows, self.tokenizer.pad_token_id, left=True)))
@@ -43,7 +43,7 @@ class Translator(nn.Module):
 
     def greedy(self, sources: Prompts, max_new_tokens: int) -> Responses:
         """The most likely token at each step, up to the end."""
-        return greedy(self.lm, sources, max_new_tokens, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
+        return greedy(self.lm, sources, max_new_tokens, **self.lm.drawn_tokens(self.tokenizer)._asdict())
 
     def translate(self, sources: Prompts, max_new_tokens: int) -> list[str]:
         """`greedy` as texts [B]."""

@@ -1,7 +1,7 @@
 """Rewards: callables (prompts, responses) -> scores [B]."""
 
 from elastic_lightning.rewards.adapter import AdapterReward
-from elastic_lightning.rewards.base import Reward, Scores, score
+from elastic_lightning.rewards.base import Reward, Scores, reads_special_tokens, score
 from elastic_lightning.rewards.classifier import ClassifierReward
 from elastic_lightning.rewards.ensemble import EnsembleReward
 from elastic_lightning.rewards.function import FunctionReward
@@ -24,5 +24,6 @@ __all__ = [
     "WeightAveragedReward",
     "WeightedReward",
     "read_normalization",
+    "reads_special_tokens",
     "score",
 ]

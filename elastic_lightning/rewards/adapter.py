@@ -21,7 +21,7 @@ class AdapterReward(PreferenceReward):
 
     Args:
         path: folder of the adapter, with its tokenizer.
-        normalise, on, max_length, batch_size: see `PreferenceReward`.
+        normalise, on, max_length, batch_size, special_tokens: see `PreferenceReward`.
 
     Raises:
         UserError: the folder holds no plain LoRA adapter of a one-label classifier.
@@ -34,8 +34,9 @@ class AdapterReward(PreferenceReward):
         on: Literal["text", "response"] = "text",
         max_length: int | None = None,
         batch_size: int = 64,
+        special_tokens: bool = False,
     ) -> None:
-        super().__init__(path, normalise, on, max_length, batch_size)
+        super().__init__(path, normalise, on, max_length, batch_size, special_tokens=special_tokens)
 
     def load(self, source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
         return SharedClassifier(source)

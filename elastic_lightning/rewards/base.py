@@ -32,16 +32,20 @@ class Reward(nn.Module):
     """Base class: override `forward(prompts, responses) -> scores [B]`, with B texts each.
 
     A response continues its prompt: ``prompt + response`` is the whole text, spaces included; that of an
-    encoder-decoder is a text of its own. A module, so that a reward model moves to the policy's device; its weights are
-    frozen and stay out of checkpoints.
+    encoder-decoder is a text of its own. Texts hold no special tokens, unless `special_tokens` asks for those within
+    them (``<think>``, tool calls, marks of a turn); padding, what the tokenizer puts before a text and what ends a
+    response are in none. A module, so that a reward model moves to the policy's device; its weights are frozen and stay
+    out of checkpoints.
 
     Attributes:
         retries: how often it is asked again where it raises.
         on_error: what then: "stop" the run, or ask for one response at a time and "mask" those on which it raises.
+        special_tokens: whether it reads texts with the special tokens within them.
     """
 
     retries: int = 0
     on_error: OnError = "stop"
+    special_tokens: bool = False
     _told: frozenset[type] = frozenset()  # exceptions that a warning was given for
 
     def forward(self, prompts: list[str], responses: list[str]) -> Tensor:
@@ -67,15 +71,29 @@ class Reward(nn.Module):
         return torch.stack(list(components.values())).sum(dim=0)
 
 
-def score(reward: Reward, prompts: list[str], responses: list[str]) -> Scores:
+def reads_special_tokens(reward: nn.Module) -> bool:
+    """Whether a reward, or one that it is made of, reads texts with their special tokens."""
+    return any(isinstance(part, Reward) and part.special_tokens for part in reward.modules())
+
+
+def score(
+    reward: Reward,
+    prompts: list[str],
+    responses: list[str],
+    with_special_tokens: tuple[list[str], list[str]] | None = None,
+) -> Scores:
     """Score B texts and check what comes back.
+
+    `with_special_tokens`: the same prompts and responses for rewards that read them so; without it, they read these.
 
     Raises:
         NotFinite: a score is NaN or infinite.
         UserError: the reward raised and is to stop the run, or returned another number of scores than texts.
     """
     if parts := reward.parts():
-        return _score_parts(reward, parts, prompts, responses)
+        return _score_parts(reward, parts, prompts, responses, with_special_tokens)
+    if reward.special_tokens and with_special_tokens is not None:
+        prompts, responses = with_special_tokens
     try:
         return _ask(reward, prompts, responses)
     except UserError:
@@ -89,7 +107,13 @@ def score(reward: Reward, prompts: list[str], responses: list[str]) -> Scores:
         ) from error
 
 
-def _score_parts(reward: Reward, parts: dict[str, Reward], prompts: list[str], responses: list[str]) -> Scores:
+def _score_parts(
+    reward: Reward,
+    parts: dict[str, Reward],
+    prompts: list[str],
+    responses: list[str],
+    with_special_tokens: tuple[list[str], list[str]] | None,
+) -> Scores:
     """The scores of a reward that is made of others.
 
     Where FSDP2 shards the model of a part, every rank must run it equally often: the other parts come first, and where
@@ -101,7 +125,7 @@ def _score_parts(reward: Reward, parts: dict[str, Reward], prompts: list[str], r
         found = {}
         for name in names:
             try:
-                found[name] = score(parts[name], prompts, responses)
+                found[name] = score(parts[name], prompts, responses, with_special_tokens)
             except UserError as error:
                 error.args = (f"{name}: {error}",)
                 raise

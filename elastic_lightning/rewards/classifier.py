@@ -15,6 +15,7 @@ from elastic_lightning.policies.classifier import pad_like, trained_classifier
 from elastic_lightning.policies.loading import check_vocabulary, disable_dropout, load_tokenizer
 from elastic_lightning.policies.portions import Portions
 from elastic_lightning.policies.sources import ModelSource
+from elastic_lightning.policies.special_tokens import encode_whole
 from elastic_lightning.rewards.base import Reward
 
 
@@ -32,6 +33,8 @@ class ClassifierReward(Reward):
             does not suffice.
         dtype: of the weights and of the arithmetic, whatever `trainer.precision` is: a score does not depend on it.
         trust_remote_code: run the python code that comes with the model; off unless asked.
+        special_tokens: read texts with the special tokens within them, of a policy whose special tokens it knows;
+            without them by default.
     """
 
     def __init__(
@@ -44,8 +47,10 @@ class ClassifierReward(Reward):
         batch_size: int = 64,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         trust_remote_code: bool = False,
+        special_tokens: bool = False,
     ) -> None:
         super().__init__()
+        self.special_tokens = special_tokens
         if output not in ("probability", "logit"):
             raise UserError(f"output must be probability or logit, got {output!r}")
         if on not in ("text", "response"):
@@ -54,8 +59,6 @@ class ClassifierReward(Reward):
             raise UserError(f"batch_size must be 1 or more, got {batch_size}")
         source = ModelSource(path, dtype=dtype, trust_remote_code=trust_remote_code)
         self.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-        # A text that is too long loses its beginning: the response is at its end.
-        self.tokenizer.truncation_side, self.tokenizer.padding_side = "left", "right"
         self.model = self.load(source, self.tokenizer)
         self.label = label_index(self.model.config, label)
         self.output, self.on = output, on
@@ -76,7 +79,7 @@ class ClassifierReward(Reward):
             texts = responses
         else:
             texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-        rows = self.tokenizer(texts, truncation=self.max_length is not None, max_length=self.max_length)["input_ids"]
+        rows = encode_whole(self.tokenizer, texts, self.max_length)  # the response is at a text's end
         cut = self.portions.size < len(rows)
         order = sorted(range(len(rows)), key=lambda row: len(rows[row])) if cut else list(range(len(rows)))
         scores = self.portions.run(lambda part: self._score([rows[row] for row in order[part]]), len(rows))
@@ -93,7 +96,7 @@ class ClassifierReward(Reward):
 
     def _score(self, rows: list[list[int]]) -> Tensor:
         """Scores [B] of texts given as tokens."""
-        pad = self.tokenizer.pad_token_id
+        pad = self.model.config.pad_token_id
         # An empty text keeps one (pad) position: some models return NaN where they may attend to nothing.
         rows = [torch.tensor(row or [pad]) for row in rows]
         tokens = pad_sequence(rows, batch_first=True, padding_value=pad).to(self.model.device)

@@ -23,15 +23,18 @@ class FunctionReward(Reward):
         retries: how often the function is called again where it raises, for one that asks a service.
         on_error: what then: "stop" the run, or call it for one response at a time and "mask" those on which it raises:
             they are left out of the batch.
+        special_tokens: give it texts with the special tokens within them (``</think>``); without them by default.
     """
 
-    def __init__(self, function: str, retries: int = 1, on_error: OnError = "stop") -> None:
+    def __init__(
+        self, function: str, retries: int = 1, on_error: OnError = "stop", special_tokens: bool = False
+    ) -> None:
         super().__init__()
         if retries < 0:
             raise UserError(f"retries must be 0 or more, got {retries}")
         if on_error not in get_args(OnError):
             raise UserError(f"on_error must be one of {get_args(OnError)}, got {on_error!r}")
-        self.retries, self.on_error = retries, on_error
+        self.retries, self.on_error, self.special_tokens = retries, on_error, special_tokens
         self.function = import_function(function) if isinstance(function, str) else function
 
     def forward(self, prompts: list[str], responses: list[str]) -> Tensor:

@@ -17,7 +17,7 @@ class PreferenceReward(ClassifierReward):
     Args:
         path: `save_pretrained` folder (or hub id) of the model, merged or a LoRA adapter, with its own tokenizer.
         normalise: by the mean and the deviation saved with the model; one without them gives its logit.
-        on, max_length, batch_size, dtype, trust_remote_code: see `ClassifierReward`.
+        on, max_length, batch_size, dtype, trust_remote_code, special_tokens: see `ClassifierReward`.
 
     Raises:
         UserError: the model cannot be loaded, or has several labels.
@@ -32,8 +32,9 @@ class PreferenceReward(ClassifierReward):
         batch_size: int = 64,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         trust_remote_code: bool = False,
+        special_tokens: bool = False,
     ) -> None:
-        super().__init__(path, 0, "logit", on, max_length, batch_size, dtype, trust_remote_code)
+        super().__init__(path, 0, "logit", on, max_length, batch_size, dtype, trust_remote_code, special_tokens)
         if self.model.config.num_labels != 1:
             raise UserError(
                 f"{path} has {self.model.config.num_labels} labels, a model of preferences has one score: "

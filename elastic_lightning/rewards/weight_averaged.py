@@ -29,7 +29,7 @@ class WeightAveragedReward(PreferenceReward):
         paths: folders of the models, two or more; adapters are merged before the mean is taken.
         normalise: by the mean of the models' means and of their deviations, where all have them; the averaged model's
             own differ the less, the more alike the models are (`ScoreNormalization` measures them).
-        on, max_length, batch_size, dtype, trust_remote_code: see `ClassifierReward`.
+        on, max_length, batch_size, dtype, trust_remote_code, special_tokens: see `ClassifierReward`.
 
     Raises:
         UserError: the models differ in kind, shape or tokenizer, or normalisation is there for some of them alone.
@@ -44,9 +44,10 @@ class WeightAveragedReward(PreferenceReward):
         batch_size: int = 64,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         trust_remote_code: bool = False,
+        special_tokens: bool = False,
     ) -> None:
         distinct_names(paths)
-        super().__init__(paths[0], False, on, max_length, batch_size, "float32", trust_remote_code)
+        super().__init__(paths[0], False, on, max_length, batch_size, "float32", trust_remote_code, special_tokens)
         for count, path in enumerate(paths[1:], start=2):
             other = trained_classifier(ModelSource(path, trust_remote_code=trust_remote_code))
             refuse_unlike(self.model, other, paths[0], path)

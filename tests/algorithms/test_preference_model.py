@@ -227,7 +227,8 @@ def test_a_pad_token_without_an_embedding(toy, tmp_path):
     torch.testing.assert_close(scores, one_by_one(module.model, batch), atol=1e-5, rtol=1e-4)
 
     module.save_pretrained(tmp_path / "final")
-    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "final").config.pad_token_id is None
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "final").config.pad_token_id
+    assert saved == AutoTokenizer.from_pretrained(tmp_path / "final").pad_token_id == 29  # for padded batches elsewhere
     assert module.model.config.pad_token_id == 30  # training may go on
     answers = texts(batch.chosen_tokens, batch.chosen_mask)
     torch.testing.assert_close(PreferenceReward(str(tmp_path / "final"))(answers, [""] * 8), scores[0])

@@ -84,6 +84,21 @@ def test_a_reward_model_learns_from_what_a_reward_reads():
     assert read.text("Why?", "So.") == texts.prompts[0] + texts.responses[0]
 
 
+def test_a_reward_model_learns_from_what_a_reward_with_special_tokens_reads():
+    tokenizer = chat()
+    chatting = ChatTemplate(tokenizer)
+    asked = tokenizer(chatting.prompt("Why?"), add_special_tokens=False)["input_ids"]
+    answered = tokenizer(" So.", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    sampled = Prompts(*pad([asked], 0, left=True)), Responses(*pad([answered], 0, left=False))
+    texts = decode_texts(tokenizer, *sampled, special_tokens=True)
+    read = AsRewardsRead(chatting, tokenizer, special_tokens=True)
+    assert read.prompt("Why?") == texts.prompts[0] == chatting.prompt("Why?")
+    assert read.text("Why?", " So.") == texts.prompts[0] + texts.responses[0]
+    tokenizer.eos_token = "<|im_start|>"  # Gemma's turns end with a token that is not eos
+    assert ChatTemplate(tokenizer).text("Why?", "So.").endswith("So.<|im_end|>")
+    assert AsRewardsRead(ChatTemplate(tokenizer), tokenizer, special_tokens=True).text("Why?", "So.").endswith("So.")
+
+
 def test_no_template():
     with pytest.raises(UserError, match=r"no chat template.*prompt_format: question_answer"):
         ChatTemplate(byte_level())

@@ -6,6 +6,7 @@ from elastic_lightning.data.dialogue import QuestionAnswer
 from elastic_lightning.data.preferences import Preference, draw_pairs, encode_pairs, preference_batch
 from elastic_lightning.data.questions import AnswerPair, Question
 from elastic_lightning.data.tokenizers import train_bpe
+from elastic_lightning.policies.special_tokens import Frame
 
 ASKED = Question(
     "Why?",
@@ -55,6 +56,11 @@ def test_a_batch_is_padded_at_the_end_to_one_length():
 def test_a_shortened_text_loses_its_beginning():
     short = Preference([1, 2, 3, 4, 5], [6, 7, 8, 9], 1.0, 4, 1).shortened(3)
     assert short == Preference([3, 4, 5], [7, 8, 9], 1.0, 3, 1) and short.longest() == 3
+
+
+def test_a_shortened_text_keeps_what_stands_around_it():
+    short = Preference([7, 1, 2, 3, 4, 8], [7, 5, 8], 1.0, 4, 1).shortened(4, Frame([7], [8]))
+    assert short == Preference([7, 3, 4, 8], [7, 5, 8], 1.0, 4, 1)
 
 
 def test_pairs_are_drawn_alike_each_time_and_unlike_for_other_seeds():

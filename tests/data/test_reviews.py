@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from tokenizer_kinds import KINDS, sentences
 
 from elastic_lightning.data import IMDBDataModule, ToyReviewsDataModule
 from elastic_lightning.data.files import read_splits
-from elastic_lightning.data.reviews import first_words, pack
+from elastic_lightning.data.reviews import first_part, first_words, pack
 from elastic_lightning.data.tokenizers import main as tokenizer_main
 from elastic_lightning.data.tokenizers import train_bpe
 from elastic_lightning.errors import UserError
@@ -142,6 +143,32 @@ def test_packing_is_all_texts_end_to_end(bpe):
 def test_first_words():
     assert first_words("a b c d e", 0.5) == "a b"
     assert first_words("a", 0.5) == "a"  # a prompt has one word at least
+
+
+def test_half_of_a_text_whose_words_are_not_written_apart(bpe):
+    tokenizer = load_tokenizer(bpe)
+    for text in ("这部电影非常好看我很喜欢推荐给大家", "หนังเรื่องนี้ดีมากฉันชอบมันจริงๆแนะนำให้ทุกคนดู อย่าพลาดนะทุกคน"):
+        half = first_part(tokenizer, text, 0.5)
+        tokens, whole = (len(tokenizer(part)["input_ids"]) for part in (half, text))
+        assert text.startswith(half) and "\ufffd" not in half
+        assert whole // 2 <= tokens <= whole // 2 + 2  # a character of several bytes is not cut
+    assert first_part(tokenizer, TEXTS[0], 0.5) == first_words(TEXTS[0], 0.5)
+
+
+def test_a_long_text_keeps_what_stands_around_it(tmp_path):
+    """As the tokenizer itself cuts at the left, in training and where a reward is asked."""
+    tokenizer = KINDS["wordpiece"]()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    texts = sentences(12, seed=3)
+    write(tmp_path / "data", [{"text": text, "label": i % 2} for i, text in enumerate(texts)], "train.jsonl")
+    sizes = {"batch_size": 2, "eval_batch_size": 12, "max_tokens": 8}
+    data = IMDBDataModule(str(tmp_path / "data"), task="reward_model", tokenizer=str(tmp_path / "tokenizer"), **sizes)
+    data.setup("validate")
+    (batch,) = data.val_dataloader()
+    tokenizer.truncation_side = "left"
+    expected = tokenizer(data.splits["validation"].texts, truncation=True, max_length=8)["input_ids"]
+    assert [row[keep].tolist() for row, keep in zip(*batch[:2], strict=True)] == expected
+    assert max(map(len, expected)) == 8 and {row[0] for row in expected} == {tokenizer.cls_token_id}
 
 
 def test_pad():

@@ -149,29 +149,35 @@ def test_a_tokenizer_with_a_pad_token_keeps_it(tokenizer_folder):
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id, len(tokenizer)) == (0, 1, 30)
 
 
-@pytest.mark.parametrize("pad", [{}, {"pad_token": "<eos>"}], ids=["none", "eos"])
-def test_a_tokenizer_without_a_pad_token_of_its_own_gets_one(tmp_path, word_tokenizer, pad, gpt2_folder):
-    model = AutoModelForCausalLM.from_pretrained(gpt2_folder)
-    model.save_pretrained(tmp_path)
+@pytest.mark.parametrize(("pad", "expected"), [({}, "<pad>"), ({"pad_token": "<eos>"}, "<eos>")], ids=["none", "eos"])
+def test_a_tokenizer_pads_with_a_token_that_it_knows(tmp_path, word_tokenizer, pad, expected, gpt2_folder):
+    AutoModelForCausalLM.from_pretrained(gpt2_folder).save_pretrained(tmp_path)
     word_tokenizer(eos_token="<eos>", **pad).save_pretrained(tmp_path)
     loaded = load_policy(str(tmp_path))
-    assert loaded.tokenizer.pad_token == "<pad>" and loaded.tokenizer.pad_token_id == 0  # one that it knows
+    assert loaded.tokenizer.pad_token == expected and len(loaded.tokenizer) == 30
     assert loaded.model.get_input_embeddings().weight.shape[0] == 30
 
 
-@pytest.mark.parametrize("pad", [{}, {"pad_token": "w5"}], ids=["none", "eos"])
-def test_a_pad_token_that_has_to_be_added_lies_outside_the_embedding(tmp_path, pad, gpt2_folder):
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
+@pytest.mark.parametrize("special", [{}, {"eos_token": "w5"}, {"eos_token": "w5", "pad_token": "<outside>"}], ids=str)
+def test_what_is_saved_pads_with_a_token_that_has_an_embedding(tmp_path, special, gpt2_folder):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     vocabulary = Tokenizer(models.WordLevel({f"w{i}": i for i in range(30)}, unk_token="w0"))
+    vocabulary.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     AutoModelForCausalLM.from_pretrained(gpt2_folder).save_pretrained(tmp_path)
-    PreTrainedTokenizerFast(tokenizer_object=vocabulary, eos_token="w5", **pad).save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=vocabulary, **special).save_pretrained(tmp_path)
     model, tokenizer, _ = load_policy(str(tmp_path))
-    assert tokenizer.pad_token_id == 30 and tokenizer.eos_token_id == 5
-    assert model.get_input_embeddings().weight.shape[0] == 30
     save_model(model, tokenizer, tmp_path / "saved")
-    assert load_tokenizer(str(tmp_path / "saved")).pad_token_id == 30  # and stays so from stage to stage
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    batch = saved(["w3 w4", "w7"], padding=True, return_tensors="pt")
+    assert saved.padding_side == "left" and batch["attention_mask"].tolist() == [[1, 1], [0, 1]]
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    written = plain.generate(**batch, max_new_tokens=3, do_sample=False)
+    alone = plain.generate(torch.tensor([[7]]), max_new_tokens=3, do_sample=False)
+    assert written[1, 2:].tolist() == alone[0, 1:].tolist()
+    again = load_policy(str(tmp_path / "saved")).tokenizer  # from stage to stage
+    assert again.pad_token_id == saved.pad_token_id < 30 == len(saved)
 
 
 # Trust
@@ -248,7 +254,7 @@ def test_a_gguf_file_holds_the_same_model(gguf_folder, llama_folder, tokenizer_f
     expected = LlamaForCausalLM.from_pretrained(llama_folder)(input_ids=tokens).logits
     own = load_policy(gguf_folder, gguf_file="tiny.gguf")
     torch.testing.assert_close(own.model(input_ids=tokens).logits, expected, atol=1e-5, rtol=1e-5)
-    assert own.tokenizer.pad_token_id is not None and own.tokenizer.pad_token_id != own.tokenizer.eos_token_id == 2
+    assert own.tokenizer.pad_token_id == own.tokenizer.eos_token_id == 2  # it holds no token that is meant for it
     other = load_policy(gguf_folder, gguf_file="tiny.gguf", tokenizer=tokenizer_folder)  # an ordinary folder
     assert other.tokenizer.eos_token == "<eos>"
 
