@@ -54,10 +54,15 @@ class Worker:
         python: the interpreter that runs it.
         script: a file beside this one.
         options: sent as one JSON argument.
+        path: folders in front of its PYTHONPATH.
+        wait: till it is set up; else `receive` is to be called before the first batch, and several start at once.
     """
 
-    def __init__(self, name: str, python: str, script: str, options: dict[str, Any]) -> None:
+    def __init__(
+        self, name: str, python: str, script: str, options: dict[str, Any], path: str = "", wait: bool = True
+    ) -> None:
         self.name = name
+        python_path = os.pathsep.join(part for part in (path, os.environ.get("PYTHONPATH", "")) if part)
         reading, writing = os.pipe()
         self.log = tempfile.NamedTemporaryFile("w+", prefix=f"{Path(script).name}-", suffix=".log", delete=False)  # noqa: SIM115
         self.process = subprocess.Popen(
@@ -66,15 +71,22 @@ class Worker:
             stdout=self.log,
             stderr=subprocess.STDOUT,
             pass_fds=[writing],
-            env={**os.environ, "LOCKSTEP_CHANNEL": str(writing), "TOKENIZERS_PARALLELISM": "false"},
+            env={
+                **os.environ,
+                "LOCKSTEP_CHANNEL": str(writing),
+                "TOKENIZERS_PARALLELISM": "false",
+                "PYTHONPATH": python_path,
+            },
             text=True,
             preexec_fn=end_with_parent,
         )
         os.close(writing)
         self.channel = os.fdopen(reading)
-        self.receive()  # it is set up
+        if wait:
+            self.receive()
 
     def receive(self) -> dict[str, Any]:
+        """What it reports next, at first that it is set up."""
         line = self.channel.readline()
         if not line:
             sys.exit(f"{self.name} stopped; its log: {self.log.name}\n{Path(self.log.name).read_text()[-2000:]}")

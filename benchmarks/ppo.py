@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -58,20 +59,50 @@ CASES = {
     "chunked_loss": Case({}, {"plain_loss": True}, "ours, logits whole"),
 }
 DEFAULT = tuple(CASES)
+Reports = dict[str, list[dict[str, Any]]]  # of workers, one a round
 
 
-def start(cases: dict[str, Case], shape: Shape, rounds: int) -> dict[str, Worker]:
-    """One worker for each set of options, whichever cases share it."""
+class Peer(NamedTuple):
+    """How TRL is run: an interpreter, and folders in front of its path."""
+
+    python: str
+    path: str = ""
+
+
+Failures = dict[str, str]  # of workers: the end of their logs
+Sides = dict[str, tuple[bool, dict[str, Any]]]  # of workers: whether it is TRL's, and its options
+
+
+def sides(cases: dict[str, Case]) -> Sides:
+    """The workers that cases need: one for each set of options, whichever cases share it."""
+    both = [side for case in cases.values() for side in ((False, case.ours), (case.peer, case.other))]
+    return {worker_key(*side): side for side in both}
+
+
+def start(wanted: Sides, shape: Shape, rounds: int, peer: Peer | None, failures: Failures) -> dict[str, Worker]:
+    """Those workers, but none of TRL's where there is no peer."""
     common = {"shape": asdict(shape), "batches": rounds + 1}
     workers: dict[str, Worker] = {}
-    for case in cases.values():
-        for peer, options in ((False, case.ours), (case.peer, case.other)):
-            key = worker_key(peer, options)
-            if key not in workers:
-                script, python = ("worker_trl.py", peer_python()) if peer else ("worker_ours.py", sys.executable)
-                workers[key] = Worker(key, python, script, common | options)
-                print(f"Ready: {key}", flush=True)
+    for key, (theirs, options) in wanted.items():
+        if peer is not None or not theirs:
+            script, how = ("worker_trl.py", peer) if theirs else ("worker_ours.py", Peer(sys.executable))
+            workers[key] = Worker(key, how.python, script, common | options, how.path, wait=False)
+    for key, worker in list(workers.items()):
+        if _answer(workers, key, worker.receive, failures):
+            print(f"Ready: {key}", flush=True)
     return workers
+
+
+def _answer(
+    workers: dict[str, Worker], key: str, ask: Callable[[], dict[str, Any]], failures: Failures
+) -> dict[str, Any] | None:
+    """What a worker answers; one that has stopped is taken out, and why is kept."""
+    try:
+        return ask()
+    except SystemExit as stopped:
+        failures[key] = str(stopped)
+        del workers[key]
+        return None
 
 
 def worker_key(peer: bool, options: dict[str, Any]) -> str:
@@ -79,21 +110,30 @@ def worker_key(peer: bool, options: dict[str, Any]) -> str:
     return f"{'TRL' if peer else 'ours'} {options or ''}".strip()
 
 
-def run(workers: dict[str, Worker], rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """What every worker reported, [rounds] each; the warm-up is dropped."""
-    reports: dict[str, list[dict[str, Any]]] = {key: [] for key in workers}
+def run(workers: dict[str, Worker], rounds: int, failures: Failures) -> Reports:
+    """What every worker reported, [rounds] each; the warm-up is dropped, and so is a worker that stops."""
+    reports: Reports = {key: [] for key in workers}
     for number in range(rounds + 1):
-        for key, worker in workers.items():
-            report = worker.batch()
+        for key, worker in list(workers.items()):
+            report = _answer(workers, key, worker.batch, failures)
+            if report is None:
+                continue
             print(f"{'warm-up' if number == 0 else f'round {number}'}  {key}: {report['seconds']:.2f} s", flush=True)
             if number:
                 reports[key].append(report)
     for worker in workers.values():
         worker.stop()
-    return reports
+    return {key: reports[key] for key in workers}
 
 
-def compare(case: Case, reports: dict[str, list[dict[str, Any]]], shape: Shape) -> dict[str, Any]:
+def alone(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """One worker's figures, where there is nothing to compare them with."""
+    last = reports[-1]
+    figures = {"seconds": spread([report["seconds"] for report in reports]), "optimizer_steps": last["optimizer_steps"]}
+    return figures | {"peak_mib": last["peak_mib"], "parts_seconds": last.get("parts")}
+
+
+def compare(case: Case, reports: Reports, shape: Shape) -> dict[str, Any]:
     """One case's figures: seconds of both sides, their ratio round by round, optimizer steps, parts of our batch."""
     ours = reports[worker_key(False, case.ours)]
     other = reports[worker_key(case.peer, case.other)]
@@ -153,7 +193,11 @@ def main() -> None:
         shape = Shape(**asdict(shape) | {"batch": given.batch})
     cases = {name: CASES[name] for name in runnable(given.cases, lambda name: "bf16" in str(CASES[name]))}
     prepare(shape)
-    reports = run(start(cases, shape, given.rounds), given.rounds)
+    peer = Peer(peer_python()) if any(case.peer for case in cases.values()) else None
+    failures: Failures = {}
+    reports = run(start(sides(cases), shape, given.rounds, peer, failures), given.rounds, failures)
+    if failures:
+        sys.exit(next(iter(failures.values())))
     results = {name: compare(case, reports, shape) for name, case in cases.items()}
     show(results)
     save("ppo_quick" if given.quick else "ppo", {"shape": asdict(shape), "rounds": given.rounds} | results)

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from measure import runnable, save, spread, synchronise, table
@@ -71,8 +72,8 @@ def cases(shape: Shape) -> dict[str, Callable[[], None]]:
                 tokens, attention_mask=batch.mask.long(), do_sample=True, top_k=0, pad_token_id=PAD, **length, **options
             )
             if second_forward:
-                hidden = model.transformer(drawn[:, :-1]).last_hidden_state[:, shape.prompt - 1 :]
-                logits = model.lm_head(hidden)
+                hidden = model.base_model(drawn[:, :-1]).last_hidden_state[:, shape.prompt - 1 :]
+                logits = model.get_output_embeddings()(hidden)
                 logits.log_softmax(-1).gather(-1, drawn[:, shape.prompt :, None])
 
         return run
@@ -108,13 +109,10 @@ def copy_bandwidth() -> float:
 
 
 def bytes_a_token(shape: Shape, size: int) -> float:
-    """Bytes that decoding one token a row must read: all weights but the position table, and half the cache's length
-    on average."""
-    layer = 12 * shape.width**2 + 13 * shape.width
-    weights = shape.layers * layer + shape.vocabulary * shape.width
+    """Bytes that decoding one token a row must read: the weights, and half the responses' cache on average."""
     columns = shape.prompt + shape.response / 2
-    cache = 2 * shape.batch * columns * shape.layers * shape.width
-    return size * (weights + cache)
+    cache = 2 * shape.batch * columns * shape.layers * shape.kv_width
+    return size * (shape.weights_read + cache)
 
 
 def main() -> None:
@@ -130,9 +128,16 @@ def main() -> None:
     if given.cases:
         found = {name: run for name, run in found.items() if name.startswith(tuple(given.cases))}
     found = {name: found[name] for name in runnable(found, lambda name: "bfloat16" in name)}
+    content = figures(shape, timed(found, given.rounds), copy_bandwidth())
+    show(content)
+    save("rollout_quick" if given.quick else "rollout", content)
+
+
+def timed(found: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each case, [rounds]; one more round, the first, warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in found}
     with torch.no_grad():
-        for number in range(given.rounds + 1):
+        for number in range(rounds + 1):
             for name, run in found.items():
                 synchronise()
                 began = time.perf_counter()
@@ -140,12 +145,11 @@ def main() -> None:
                 synchronise()
                 if number:
                     seconds[name].append(time.perf_counter() - began)
-    bandwidth = copy_bandwidth()
-    report(shape, seconds, bandwidth, given.quick)
+    return seconds
 
 
-def report(shape: Shape, seconds: dict[str, list[float]], bandwidth: float, quick: bool) -> None:
-    """Print the table and write it down."""
+def figures(shape: Shape, seconds: dict[str, list[float]], bandwidth: float) -> dict[str, Any]:
+    """What is written down: speeds, shares of the bandwidth limit, and ratios round by round."""
     tokens = shape.batch * shape.response
     results = {}
     for name, measured in seconds.items():
@@ -165,9 +169,15 @@ def report(shape: Shape, seconds: dict[str, list[float]], bandwidth: float, quic
             ("ours float32", "generate float32"),
             ("ours float32", "generate float32 + forward"),
             ("ours bfloat16", "generate bfloat16"),
+            ("ours float32", "ours float32, eager"),
         )
         if ours in seconds and theirs in seconds
     }
+    return {"shape": asdict(shape), "copy_bytes_per_second": bandwidth, "ratios": ratios, "cases": results}
+
+
+def show(content: dict[str, Any]) -> None:
+    """Print the table, the ratios and the speed of a copy."""
     table(
         ["rollout", "seconds", "tokens/s", "of the bandwidth limit"],
         [
@@ -177,14 +187,12 @@ def report(shape: Shape, seconds: dict[str, list[float]], bandwidth: float, quic
                 f"{result['tokens_per_second']:.0f}",
                 f"{100 * result['share_of_limit']:.0f} %",
             ]
-            for name, result in results.items()
+            for name, result in content["cases"].items()
         ],
     )
-    for name, ratio in ratios.items():
+    for name, ratio in content["ratios"].items():
         print(f"{name}: {ratio:.2f}")
-    print(f"copy: {bandwidth / 1e9:.1f} GB/s")
-    content = {"shape": asdict(shape), "copy_bytes_per_second": bandwidth, "ratios": ratios, "cases": results}
-    save("rollout_quick" if quick else "rollout", content)
+    print(f"copy: {content['copy_bytes_per_second'] / 1e9:.1f} GB/s")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     set_seed,
 )
@@ -24,7 +27,10 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "elast
 
 @dataclass(frozen=True)
 class Shape:
-    """A GPT-2 shape and one PPO batch. The reward model has the policy's width and `reward_layers` layers."""
+    """A GPT-2 or Llama shape and one PPO batch. The reward model is a GPT-2 of the policy's width and `reward_layers`.
+
+    A Llama has an output layer that is its embedding, `kv_heads` and an MLP of width `inner`; a GPT-2 has neither.
+    """
 
     layers: int = 6
     width: int = 384
@@ -36,10 +42,27 @@ class Shape:
     epochs: int = 4
     mini_batches: int = 4
     reward_layers: int = 2
+    family: str = "gpt2"
+    kv_heads: int = 0
+    inner: int = 0
 
     @property
     def folder(self) -> Path:
-        return CACHE / f"gpt2-{self.layers}x{self.width}-{self.vocabulary}-{self.prompt + self.response}"
+        return CACHE / f"{self.family}-{self.layers}x{self.width}-{self.vocabulary}-{self.prompt + self.response}"
+
+    @property
+    def kv_width(self) -> int:
+        """Of the keys of one token in one layer."""
+        return self.width * self.kv_heads // self.heads if self.family == "llama" else self.width
+
+    @property
+    def weights_read(self) -> int:
+        """Numbers that decoding a token must read: all weights but the position table and the last norm."""
+        if self.family == "llama":
+            layer = 2 * self.width * (self.width + self.kv_width + 1) + 3 * self.width * self.inner
+        else:
+            layer = 12 * self.width**2 + 13 * self.width
+        return self.layers * layer + self.vocabulary * self.width
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -48,6 +71,9 @@ class Shape:
 SMALL = Shape()  # 30 M parameters: what two CPU cores can train
 QUICK = Shape(layers=2, width=128, heads=2, vocabulary=8_192, batch=16, response=24)
 GPT2_SMALL = Shape(layers=12, width=768, heads=12, prompt=64)  # 124 M: for a GPU
+LLAMA_1B = replace(  # 1.24 B: Llama 3.2's
+    Shape(layers=16, width=2048, heads=32, vocabulary=128_256, prompt=64), family="llama", kv_heads=8, inner=8192
+)
 
 
 def default_shape(quick: bool = False) -> Shape:
@@ -88,20 +114,35 @@ def _save_models(shape: Shape, folder: Path) -> None:
     model = Tokenizer(WordLevel(vocabulary, unk_token="<eos>"))
     model.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<eos>", pad_token="<pad>")
-    common = {
+    special = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1}
+    common = special | {
         "vocab_size": shape.vocabulary,
         "n_positions": shape.prompt + shape.response,
         "n_embd": shape.width,
         "n_head": shape.heads,
-        "bos_token_id": None,
-        "eos_token_id": 0,
-        "pad_token_id": 1,
         "resid_pdrop": 0.0,
         "embd_pdrop": 0.0,
         "attn_pdrop": 0.0,
     }
-    policy = GPT2LMHeadModel(GPT2Config(n_layer=shape.layers, **common))
-    reward = GPT2ForSequenceClassification(GPT2Config(n_layer=shape.reward_layers, num_labels=1, **common))
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a billion random numbers
+        gpt2 = shape.family == "gpt2"
+        policy = GPT2LMHeadModel(GPT2Config(n_layer=shape.layers, **common)) if gpt2 else _llama(shape, special)
+        reward = GPT2ForSequenceClassification(GPT2Config(n_layer=shape.reward_layers, num_labels=1, **common))
     for name, network in (("policy", policy), ("reward", reward)):
         network.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+
+
+def _llama(shape: Shape, special: dict[str, int | None]) -> PreTrainedModel:
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.width,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=shape.prompt + shape.response,
+        tie_word_embeddings=True,
+        **special,
+    )
+    return LlamaForCausalLM(config)

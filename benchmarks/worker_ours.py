@@ -76,7 +76,7 @@ def main() -> None:
     rows = prompts(shape, options["batches"]).split(shape.batch)
     loader = DataLoader([Prompts(part, torch.ones_like(part, dtype=torch.bool)) for part in rows], batch_size=None)
     every = options.get("reset_every")
-    callbacks = [ElasticReset(every=every)] if every else []
+    callbacks = [ElasticReset(every=every, offload=options.get("offload", False))] if every else []
     trainer = Trainer(
         accelerator="cuda" if cuda else "cpu",
         devices=1,
