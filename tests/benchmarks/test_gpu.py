@@ -93,12 +93,11 @@ def test_the_bandwidth_limit_of_a_llama_counts_shared_keys(tmp_path, monkeypatch
 def test_without_a_gpu_all_of_it_runs_small(tmp_path):
     """With no more than the wheels that its header names: what else is installed here cannot be imported."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import sys\n"
-        "class Missing:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name.split('.')[0] in {MISSING}:\n"
-        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
-        "sys.meta_path.insert(0, Missing())\n"
+        "from importlib.machinery import PathFinder\n"
+        "find = PathFinder.find_spec\n"
+        "def find_spec(name, path=None, target=None):\n"
+        f"    return None if name.split('.')[0] in {MISSING} else find(name, path, target)\n"
+        "PathFinder.find_spec = find_spec\n"
     )
     output = tmp_path / "gpu.json"
     environment = {**os.environ, **NO_GPU, "PYTHONPATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
