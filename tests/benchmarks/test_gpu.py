@@ -97,7 +97,7 @@ def test_without_a_gpu_all_of_it_runs_small(tmp_path):
         "find = PathFinder.find_spec\n"
         "def find_spec(name, path=None, target=None):\n"
         f"    return None if name.split('.')[0] in {MISSING} else find(name, path, target)\n"
-        "PathFinder.find_spec = find_spec\n"
+        "PathFinder.find_spec = staticmethod(find_spec)\n"
     )
     output = tmp_path / "gpu.json"
     environment = {**os.environ, **NO_GPU, "PYTHONPATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}

@@ -4,6 +4,7 @@ import pytest
 import torch
 from policy_cases import ROWS, left_padded, make_actor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from elastic_lightning.errors import UserError
@@ -200,6 +201,15 @@ def test_longrope_past_its_first_length_and_chunked_attention_take_no_static_mas
     assert llama.takes_static_masks(64) and not llama.takes_static_masks(128)
 
 
+class NothingFromTheCPU(TorchFunctionMode):
+    """Raises where numbers that Python holds are made a tensor: on a GPU a copy that is waited for."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.tensor, torch.as_tensor) and not isinstance(args[0], torch.Tensor):
+            raise AssertionError(f"a step makes a tensor of {args[0]}")
+        return function(*args, **(kwargs or {}))
+
+
 def start_without_numbers(sampler):
     """Decode with tensors that have shapes alone: whatever asks for a number, as no captured step may, raises."""
     for module in (sampler.lm, sampler.policy.value_head):
@@ -222,7 +232,8 @@ def test_a_step_asks_for_no_number(model_type, options):
     with FakeTensorMode(), torch.no_grad():
         decode = start_without_numbers(sampler)
         decode._draw()
-        decode._step()
+        with NothingFromTheCPU():
+            decode._step()
 
 
 def test_that_test_sees_a_step_that_does():
@@ -230,6 +241,8 @@ def test_that_test_sees_a_step_that_does():
     sampler = GraphSampler(actor, Sampling(max_new_tokens=12), EOS, PAD)
     with FakeTensorMode(), torch.no_grad(), pytest.raises(DataDependentOutputException):
         start_without_numbers(sampler)
+    with NothingFromTheCPU(), pytest.raises(AssertionError, match="of \\[3\\]"):
+        torch.tensor([3])
 
 
 @pytest.mark.cuda
