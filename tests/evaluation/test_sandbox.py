@@ -27,6 +27,10 @@ def test_right_and_wrong():
     lazy = sys.version_info >= (3, 14)
     assert trial("def f(x: Unknown): return x + 1").passed == lazy, "annotations are read as python reads them"
     assert trial("def f(x): return x + 1", "def check(f): assert f(x=2) == 3 and f(True) == 2").passed
+    raising = "def check(f):\n    try:\n        f(2)\n    except Exception:\n        return\n    assert False"
+    assert trial("def f(x): raise ValueError", raising).passed
+    for end in ("sys.exit()", "os._exit(0)", "os.write(4, b'passed')", "os.close(4)"):
+        assert not trial(f"import os, sys\ndef f(x): {end}", raising).passed, "an end is no exception"
     lazy = "def f(x): return (i for i in (1, 2))"
     assert not trial(lazy, "def check(f): assert f(2) == (1, 2)").passed, "a generator equals no tuple"
     assert trial(lazy, "def check(f): assert list(f(2)) == [1, 2]").passed

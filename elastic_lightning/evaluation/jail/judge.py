@@ -25,23 +25,28 @@ def serve(source: str, entry_point: str, calls: int, replies: int) -> None:
             positional, named = wire.decode(call)
             reply = {"value": wire.encode(function(*positional, **named))}
         except BaseException as error:
-            reply = {"error": describe(error)}
+            reply = {"error": describe(error), "exit": not isinstance(error, Exception)}
         wire.send(replies, reply)
 
 
 def judge(test: str, entry_point: str, calls: int, replies: int) -> dict[str, Any]:
     """Run `test`, then its `check` on the program's function; the verdict, {"passed": bool, "reason": str}.
 
-    Nothing of the program is in this process but the plain values it returned.
+    Nothing of the program is in this process but the plain values it returned. One that ended, or did not answer in
+    plain values, has failed, though the test expects an exception and catches all.
     """
     answers = wire.receive(replies)
+    ends: list[str] = []
 
     def candidate(*positional: Any, **named: Any) -> Any:
+        call = wire.encode((positional, named))
         try:
-            wire.send(calls, wire.encode((positional, named)))
-        except OSError:
-            raise ProgramError(ENDED) from None
-        return _answer(answers)
+            wire.send(calls, call)
+            return _answer(answers)
+        except Exception as error:
+            if type(error) is not ProgramError:
+                ends.append(ENDED if isinstance(error, OSError) else describe(error))
+            raise
 
     try:
         _answer(answers)  # the program has run to its end and defines the function
@@ -50,8 +55,8 @@ def judge(test: str, entry_point: str, calls: int, replies: int) -> dict[str, An
         namespace[entry_point] = candidate
         namespace["check"](candidate)
     except BaseException as error:
-        return {"passed": False, "reason": describe(error)}
-    return {"passed": True, "reason": "passed"}
+        return {"passed": False, "reason": ends[0] if ends else describe(error)}
+    return {"passed": not ends, "reason": ends[0] if ends else "passed"}
 
 
 def describe(error: BaseException) -> str:
@@ -66,14 +71,18 @@ def describe(error: BaseException) -> str:
 
 
 class ProgramError(Exception):
-    """The program raised, or is no more."""
+    """The program raised an exception."""
+
+
+class ProgramEnded(ProgramError):
+    """The program is no more, or wanted to end."""
 
 
 def _answer(answers: Iterator[Any]) -> Any:
     try:
         reply = next(answers)
     except StopIteration:
-        raise ProgramError(ENDED) from None
+        raise ProgramEnded(ENDED) from None
     if "error" in reply:
-        raise ProgramError(str(reply["error"]))
+        raise (ProgramEnded if reply.get("exit") else ProgramError)(str(reply["error"]))
     return wire.decode(reply["value"])
