@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
+from lockstep import end_with_parent
 from measure import machine
 
 if TYPE_CHECKING:  # here and below: a part imports what it needs, which takes its time
@@ -78,7 +79,7 @@ def tests(write: Write, wheels: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         records = Path(folder) / "records.xml"
         command = [sys.executable, "-m", "pytest", "-m", "cuda", f"--junitxml={records}", "-p", "no:cacheprovider"]
-        code = subprocess.run([*command, *map(str, files)], cwd=ROOT).returncode
+        code = subprocess.run([*command, *map(str, files)], cwd=ROOT, preexec_fn=end_with_parent).returncode
         write({"ran": True, "code": code} | _outcomes(records))
     if code:
         sys.exit(f"pytest ended with code {code}")
