@@ -218,6 +218,7 @@ def start_without_numbers(sampler):
                 part._parameters[name] = None if tensor is None else torch.nn.Parameter(torch.empty(tensor.shape))
             for name, tensor in part._buffers.items():
                 part._buffers[name] = None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype)
+    sampler.textless = torch.zeros(2, dtype=torch.int64)
     prompts = Prompts(torch.zeros(4, 9, dtype=torch.int64), torch.ones(4, 9, dtype=torch.bool))
     decode, steps = _StaticDecode(sampler, 4, 64, torch.device("cpu")), sampler.sampling.max_new_tokens
     decode.start(prompts, torch.zeros(4, steps), torch.full((4,), steps))
@@ -228,7 +229,7 @@ def start_without_numbers(sampler):
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "falcon"])
 def test_a_step_asks_for_no_number(model_type, options):
     actor = scratch(model_type, **(LLAMA if model_type == "llama" else {}))
-    sampler = GraphSampler(actor, Sampling(**{"max_new_tokens": 12} | options), EOS, PAD)
+    sampler = GraphSampler(actor, Sampling(**{"max_new_tokens": 12} | options), [EOS, 2], PAD)
     with FakeTensorMode(), torch.no_grad():
         decode = start_without_numbers(sampler)
         decode._draw()
