@@ -17,6 +17,7 @@ from elastic_lightning.policies.config_file import check_sizes
 from elastic_lightning.policies.loading import from_architecture, from_path, load_adapter
 from elastic_lightning.policies.saving import ADAPTER_WEIGHTS
 from elastic_lightning.policies.sources import ModelSource
+from elastic_lightning.policies.special_tokens import shares_pad
 
 HEAD = re.compile(r"\.(score|classifier(\.out_proj)?)\.weight$")  # [labels, hidden], by transformers' names
 
@@ -80,8 +81,7 @@ def pad_like(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     The head of a decoder scores the last token that is not its config's `pad_token_id`, with which batches are padded.
     """
     rows = model.get_input_embeddings().num_embeddings
-    others = [getattr(tokenizer, f"{name}_token_id") for name in ("eos", "unk", "bos")]
-    model.config.pad_token_id = rows if tokenizer.pad_token_id in others else tokenizer.pad_token_id
+    model.config.pad_token_id = rows if shares_pad(tokenizer) else tokenizer.pad_token_id
     model.get_input_embeddings().register_forward_pre_hook(hide_foreign_tokens)
 
 

@@ -23,6 +23,7 @@ from elastic_lightning.policies.reading import hub_offline, readable, reason_of
 from elastic_lightning.policies.saving import PAD_TOKENS, usable_pad
 from elastic_lightning.policies.seq2seq import Seq2SeqLM
 from elastic_lightning.policies.sources import Dtype, LoRA, ModelSource
+from elastic_lightning.policies.special_tokens import shares_pad
 
 
 class LoadedPolicy(NamedTuple):
@@ -172,7 +173,14 @@ def lone_gguf(path: str) -> str | None:
 def from_architecture(
     auto_class: type, source: ModelSource, tokenizer: PreTrainedTokenizerBase, **options: Any
 ) -> PreTrainedModel:
-    """Random weights in the shape of `source.architecture`, with the tokenizer's vocabulary and special tokens."""
+    """Random weights in the shape of `source.architecture`, with the tokenizer's vocabulary and special tokens.
+
+    A tokenizer that pads with another token gets a pad token of its own, in place: models never train the embedding of
+    theirs, and there is room for one more.
+    """
+    if shares_pad(tokenizer):
+        known = [token for token in PAD_TOKENS if token in tokenizer.get_vocab()]
+        tokenizer.add_special_tokens({"pad_token": (known or PAD_TOKENS)[0]})
     fields = dict(source.architecture or {})
     check_counts(fields, "`architecture`")
     model_type = fields.pop("model_type")

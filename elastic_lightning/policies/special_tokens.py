@@ -128,6 +128,11 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase, generation_config: Any, vocab
     return tuple(token for token in found if 0 <= token < vocabulary)
 
 
+def shares_pad(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the pad token is also another one, which texts hold."""
+    return tokenizer.pad_token_id in (tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id)
+
+
 def textless_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Tensor | None:
     """The ids below `vocabulary`, the number of a model's logits, for which the tokenizer has no token [N]; None where
     there are none. Vocabularies are padded to a multiple of 64 or 128."""

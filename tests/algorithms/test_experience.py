@@ -31,6 +31,7 @@ def test_scores_by_hand():
     assert shaped.tolist() == [1.0, -1.0]
     shaped = shape_scores(scores, rollout(), PPOConfig(missing_eos_penalty=4.0), EOS)
     assert shaped.tolist() == [-1.0, -2.0]
+    assert shape_scores(scores, rollout(), PPOConfig(missing_eos_penalty=4.0), (3, EOS)).tolist() == [3.0, -2.0]
     shaped = shape_scores(scores, rollout(), PPOConfig(reward_clip=1.0, missing_eos_penalty=4.0), EOS)
     assert shaped.tolist() == [-3.0, -1.0]  # the penalty is not clipped away
     assert scores.tolist() == [3.0, -2.0]

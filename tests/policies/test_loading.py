@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from policy_cases import one_line
+from tokenizer_kinds import KINDS
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -48,6 +49,19 @@ def test_an_architecture_takes_vocabulary_and_special_tokens_from_the_tokenizer(
     again = load_policy(architecture=GPT2, tokenizer=tokenizer_folder).model
     assert torch.equal(again.transformer.wte.weight, model.transformer.wte.weight)
     assert GPT2["model_type"] == "gpt2", "the configuration was changed"
+
+
+@pytest.mark.parametrize("kind", ["llama", "pad is eos"])
+def test_the_end_of_text_of_an_architecture_is_learned(tmp_path, kind):
+    """Transformers gives the embedding of a config's pad token no gradient: it must not be that of eos."""
+    KINDS[kind]().save_pretrained(tmp_path)
+    sizes = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+    model, tokenizer, _ = load_policy(architecture={"model_type": "llama", **sizes}, tokenizer=str(tmp_path))
+    tokens = torch.tensor([[tokenizer.eos_token_id, 5]])
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    embedding = model.get_input_embeddings()
+    assert embedding.weight.grad[tokenizer.eos_token_id].abs().sum() > 0
+    assert len(tokenizer) == embedding.num_embeddings == model.config.pad_token_id + 1
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
