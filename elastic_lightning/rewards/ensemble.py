@@ -22,7 +22,7 @@ class EnsembleReward(Reward):
         combine_by: "mean", "min", or "lower_bound", the mean less some deviations of the models' scores.
         deviations: how many, for "lower_bound".
         normalise: all by what was saved with each; raw scores of unlike models do not compare.
-        on, max_length, batch_size, dtype, trust_remote_code: see `ClassifierReward`.
+        on, max_length, batch_size, dtype, trust_remote_code, special_tokens: see `ClassifierReward`.
 
     Raises:
         UserError: fewer than two folders, the same one twice, or normalisation for some of them alone.
@@ -39,8 +39,10 @@ class EnsembleReward(Reward):
         batch_size: int = 64,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         trust_remote_code: bool = False,
+        special_tokens: bool = False,
     ) -> None:
         super().__init__()
+        self.special_tokens = special_tokens
         if combine_by not in ("mean", "min", "lower_bound"):
             raise UserError(f"combine_by must be mean, min or lower_bound, got {combine_by!r}")
         self.names = distinct_names(paths)
