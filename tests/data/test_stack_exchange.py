@@ -1,9 +1,11 @@
+import itertools
 import logging
 
 import pytest
 import torch
 from lightning import Trainer
 from question_rows import PAIRED, RANKED
+from tokenizers.processors import TemplateProcessing
 
 from elastic_lightning.algorithms import PPO, LanguageModel, PPOConfig
 from elastic_lightning.cli import main
@@ -181,6 +183,30 @@ def test_the_chat_template_is_that_of_the_tokenizer(write_rows, bpe, tmp_path):
     assert tokenizer.decode(pairs.pairs("train")[0].chosen).startswith(f"user: {first}\nassistant: Use sorted")
     with pytest.raises(UserError, match="no chat template"):
         module(path, "prompts", bpe, prompt_format="chat").setup("fit")
+
+
+def test_what_stands_before_a_text_stands_before_all_of_them(write_rows, bpe, tmp_path):
+    """As the plain tokenizer puts it, once, where the chat template spells it out too."""
+    plain = load_tokenizer(bpe)
+    plain.add_special_tokens({"bos_token": "<s>"})
+    one = [("<s>", plain.bos_token_id)]
+    plain.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=one)
+    plain.chat_template = "<s>{{ messages[0]['content'] }}:{% for m in messages[1:] %} {{ m['content'] }}{% endfor %}"
+    plain.save_pretrained(tmp_path)
+    path, sizes = write_rows(RANKED), {"max_prompt_tokens": 1000, "max_tokens": 12, "overlong": "truncate"}
+    for prompt_format, begin in (("question_answer", "Question: {}\n\nAnswer:"), ("chat", "{}:")):
+        made = {t: module(path, t, str(tmp_path), prompt_format=prompt_format, **sizes) for t in TASKS}
+        for data in made.values():
+            data.setup("validate")
+        questions = [begin.format(question.text) for question in made["prompts"].splits["validation"]]
+        assert made["prompts"].prompts("validation") == plain(questions)["input_ids"]
+        pairs = made["pairs"].pairs("validation")
+        rows = [row for pair in pairs for row in pair[:2]]
+        assert all(row[0] == plain.bos_token_id and row.count(row[0]) == 1 and len(row) <= 12 for row in rows)
+        stream = made["supervised"].packed("validation").flatten().tolist()
+        after = [b for a, b in itertools.pairwise(stream) if a == plain.eos_token_id]
+        assert stream[0] == plain.bos_token_id and set(after) == {plain.bos_token_id}
+        assert stream.count(plain.bos_token_id) - stream.count(plain.eos_token_id) in (0, 1)
 
 
 def test_a_tokenizer_for_this_text(write_rows, tmp_path):
