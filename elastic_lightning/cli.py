@@ -6,6 +6,7 @@ import importlib
 import itertools
 import os
 import re
+import signal
 import sys
 import traceback
 import warnings
@@ -14,6 +15,7 @@ from pathlib import Path
 from elastic_lightning.errors import UsageError, UserError
 from elastic_lightning.mistakes import WHOLE, as_line
 from elastic_lightning.processes import end_with_parent
+from elastic_lightning.signals import STOPPING, Interrupted, unwinding
 from elastic_lightning.terminal import plain, use_any_output
 
 OWN_COMMANDS = {  # name -> module with main(argv), what it does
@@ -35,11 +37,10 @@ LIGHTNING_COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status. Wrong input gives one line on stderr and status 1 (2 from a parser)."""
     end_with_parent()
-    if argv is None:
-        argv = sys.argv[1:]
-        if os.name == "posix":
-            use_any_output()
-    argv = list(argv)
+    process = argv is None  # which ends with this function
+    argv = list(sys.argv[1:] if process else argv)
+    if process and os.name == "posix":
+        use_any_output()
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return 0 if argv else 2
@@ -49,13 +50,16 @@ def main(argv: list[str] | None = None) -> int:
         print(__version__)
         return 0
     try:
-        return _run(argv[0], argv[1:])
+        with unwinding(STOPPING if argv[0] in LIGHTNING_COMMANDS else (signal.SIGINT,), leave_ignored=process):
+            return _run(argv[0], argv[1:])
+    except Interrupted as stop:
+        return _fail(str(stop), stop.code) if str(stop) else stop.code
     except UsageError as error:
         return _fail(str(error), 2)
     except UserError as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return _fail("stopped by SIGINT", 130)
     except Exception as error:
         message = as_line(error, argv)
         if message is None:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,9 +13,8 @@ from typing import Any
 
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -27,18 +23,15 @@ from elastic_lightning import __version__, algorithms, callbacks, data, rewards
 from elastic_lightning.bounded_yaml import bound_command_lines
 from elastic_lightning.callbacks import BatchCheckpoint, Preemption, ResponseWriter, RunProgress
 from elastic_lightning.callbacks.preemption import Preempted
-from elastic_lightning.callbacks.run_config import RunConfig, replaced_callbacks
+from elastic_lightning.callbacks.run_config import RunConfig, machine_of, method_of, replaced_callbacks
 from elastic_lightning.callbacks.run_log import logged_in
+from elastic_lightning.endings import end_launched, restoring
 from elastic_lightning.errors import UserError
 from elastic_lightning.locks import locked
-from elastic_lightning.mistakes import foreign_errors_as_lines
+from elastic_lightning.mistakes import as_line, foreign_errors_as_lines, foreign_line
 from elastic_lightning.outputs import (
-    RUN_FILES,
     check_absent,
-    check_free,
     check_writable,
-    move_aside,
-    named,
     write_whole,
 )
 from elastic_lightning.policies.checkpoints import read_checkpoint
@@ -50,38 +43,17 @@ from elastic_lightning.resume import (
     check_whole,
     checkpoint_for,
     differences,
+    other_machine,
     resume_line,
 )
+from elastic_lightning.run_folder import RunFolder, SaveConfig, begin, leave_nothing, what_is_lost
+from elastic_lightning.signals import Interrupted
 from elastic_lightning.terminal import plain
 
 PACKAGES = (algorithms, callbacks, data, rewards)  # imported so that their classes are known by their short names
 NOT_ZERO = ("max_epochs", "max_steps", "limit_train_batches", "val_check_interval", "check_val_every_n_epoch")
 LAST_WORDS = 60.0  # seconds in which launched processes end when this one is through
 PARTS = ("model", "data", "trainer")  # of a configuration, which a checkpoint keeps
-
-
-class SaveConfig(SaveConfigCallback):
-    """Writes the configuration when training begins: what fails before or only measures leaves that of a run alone."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Not yet."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.config = self.config.clone()
-        self.config["force"] = False  # of this start, and not of the run
-        super().setup(trainer, pl_module, "fit")
-
-
-class RunFolder(DummyLogger):
-    """In place of a logger that writes into a run's folder, for commands that only measure: its log stays whole."""
-
-    def __init__(self, folder: str) -> None:
-        super().__init__()
-        self.folder = folder
-
-    @property
-    def save_dir(self) -> str:
-        return self.folder
 
 
 class ElasticCLI(LightningCLI):
@@ -116,6 +88,13 @@ class ElasticCLI(LightningCLI):
             action="store_true",
             help="write where something stands: fit moves another run aside, predict and test replace their file",
         )
+        parser.add_argument(
+            "--another_method",
+            type=bool,
+            default=False,
+            help="resume although a callback that moves weights (Elastic Reset and its relatives) was added, taken out "
+            "or set otherwise",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = parser.parse_args(args)  # without Lightning's warning that sys.argv is there too
@@ -132,26 +111,39 @@ class ElasticCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Lightning lets the checkpoint's hyper-parameters win over explicit ones; here they are only compared."""
-        command = self.config.get("subcommand")
-        settings = self.config.get(command, {})
-        path = settings.get("ckpt_path")
-        if not path or path in ("last", "best", "hpc"):
-            return
-        saved = read_checkpoint(path)
-        if command != "fit" or "config" not in saved:  # else `fit` compares all of it
-            given = settings.get("model", {}).get("init_args", {})
-            for name, (before, now) in differences(saved.get("hyper_parameters", {}), given).items():
-                print(plain(f"note: {name} is {now!r} here, and was {before!r} when the checkpoint was written"))
+        path = self.config[self.config["subcommand"]].get("ckpt_path")
+        if path and path not in ("none", "last", "best", "hpc"):
+            read_checkpoint(path)  # before models are loaded
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments = super()._prepare_subcommand_kwargs(subcommand)
         given = arguments.get("ckpt_path")
-        if given is not None and subcommand == "fit":
+        if given not in (None, "none") and subcommand == "fit":
             check_fixed_folder(self._get(self.config_dump, "trainer").get("logger"))
         if given not in ("best", "hpc"):
-            arguments["ckpt_path"] = checkpoint_for(subcommand, given, self.trainer)
+            files = [Path(str(file)) for file in self._get(self.config, "config") or []]
+            path = arguments["ckpt_path"] = checkpoint_for(subcommand, given, self.trainer, files)
+            if path is not None and subcommand != "fit":
+                self._say_what_is_measured(path, given is None)
         arguments["weights_only"] = True  # never run code from a checkpoint
         return arguments
+
+    def _say_what_is_measured(self, path: Path, chosen: bool) -> None:
+        lines = [f"measuring {path} (--ckpt_path none for the start)"] if chosen else []
+        self._say([*lines, *self._changed(read_checkpoint(path))])
+
+    def _say(self, lines: list[str]) -> None:
+        if self.trainer.is_global_zero:
+            print("".join(f"{plain(line)}\n" for line in lines), end="", flush=True)
+
+    def _changed(self, checkpoint: dict[str, Any]) -> list[str]:
+        """Hyper-parameters that are not those that a checkpoint was written with, a line each."""
+        given = self.config_dump["model"].get("init_args", {})
+        changed = differences(checkpoint.get("hyper_parameters", {}), given).items()
+        return [
+            f"note: {name} is {now!r} here, and was {before!r} when the checkpoint was written"
+            for name, (before, now) in changed
+        ]
 
     def after_instantiate_classes(self) -> None:
         """Keep all of the model's configuration in its checkpoints, also what stands for objects such as the reward:
@@ -198,9 +190,14 @@ class ElasticCLI(LightningCLI):
         try:
             with self._one_writer(subcommand), foreign_errors_as_lines(lambda: self.trainer.global_step == 0):
                 super()._run_subcommand(subcommand)
-        except Exception:
+        except BaseException as error:
             if launches:  # Lightning ends the others on Ctrl-C alone
                 atexit.register(lambda: end_launched(launcher.procs))  # when this process has said why
+            if isinstance(error, Exception) and as_line(error, []) is None and restoring(error):
+                raise UserError(
+                    f"cannot go on from the checkpoint {self.trainer.ckpt_path}: it is not built as those that are "
+                    f"written here ({foreign_line(error)})"
+                ) from error
             raise
 
     @contextmanager
@@ -223,34 +220,24 @@ class ElasticCLI(LightningCLI):
         first = trainer.is_global_zero  # which may have begun to write when another rank comes here
         own = path is not None and self._check_resume(path, folder)
         if first and folder and not own:
-            self._begin(folder)
-        fresh = folder in self.made
+            saves = any(isinstance(callback, BatchCheckpoint) for callback in trainer.callbacks)
+            self._say(begin(folder, self._get(self.config, "force"), saves))
         try:
             self.trainer.fit(**arguments)
         except Preempted as stop:
-            if self.trainer.is_global_zero:
+            if first:
                 print(f"{stop}\nresume with: {resume_line(self.argv)}", flush=True)
         except BaseException as error:
-            if fresh and self.trainer.is_global_zero and self.trainer.global_step == 0:
-                for logger in self.trainer.loggers:
-                    logger.finalize("failed")
-                shutil.rmtree(folder, ignore_errors=True)  # nothing was trained: leave nothing in the way of a retry
-                for parent in self.made[1:]:
-                    if parent.is_dir() and not any(parent.iterdir()):
-                        parent.rmdir()
+            if first and folder and not own and trainer.global_step == 0:
+                leave_nothing(trainer, folder, self.made)
             elif first and folder and isinstance(error, Exception) and not folder.is_dir():
                 # Whoever wrote first met it: a checkpoint, or a logger, whose own message says nothing of it.
                 raise UserError(f"the run's folder is gone: {folder}/checkpoints and all beside it") from error
+            if isinstance(error, Interrupted):
+                error.text = what_is_lost(error, folder, trainer.global_step > 0, self.argv) if first else ""
             if isinstance(error, SIGTERMException) and trainer.global_step == 0:  # later ones are for `Preemption`
                 raise UserError("stopped by SIGTERM before a batch was trained: nothing was saved") from None
             raise
-
-    def _begin(self, folder: Path) -> None:
-        """Have a folder ready for a run that is not there yet: refused where another one is, or moved aside."""
-        taken = named(folder, RUN_FILES)
-        if taken and self._get(self.config, "force"):
-            print(plain(f"note: what was in {folder} is in {move_aside(folder, taken)} now"), flush=True)
-        check_free(folder)
 
     def _check_resume(self, path: Path, folder: Path | None) -> bool:
         """Refuse a checkpoint that the run cannot go on from, and say what of its settings is different.
@@ -258,14 +245,17 @@ class ElasticCLI(LightningCLI):
         Returns:
             Whether it is of the run in this folder: it lies there, or what it says was logged does.
         """
-        checkpoint = read_checkpoint(path)
+        trainer, checkpoint = self.trainer, read_checkpoint(path)
         check_whole(checkpoint, path)
-        check_loggers(self.trainer.loggers)
+        check_loggers(trainer.loggers)
         same_version = checkpoint.get("elastic_lightning_version") == __version__
-        notes = check_same_run(checkpoint, self.run_config.config, path, self.trainer.world_size, same_version)
+        allowed = self._get(self.config, "another_method")
+        run = self.run_config.config, path, trainer.world_size, same_version, method_of(trainer), allowed
+        notes = [f"note: {note}" for note in check_same_run(checkpoint, *run)]
+        notes += [f"note: {note}" for note in other_machine(checkpoint, machine_of(trainer))]
+        notes += [] if "config" in checkpoint else self._changed(checkpoint)  # else all of it is compared
         self.run_config.resumed_from = path
-        if self.trainer.is_global_zero:
-            print("".join(f"note: {plain(note)}\n" for note in notes), end="", flush=True)
+        self._say(notes)
         inside = folder is not None and folder.resolve() in path.resolve().parents
         return inside or (folder is not None and logged_in(folder, checkpoint.get("run_log", {})))
 
@@ -292,18 +282,6 @@ def run_lightning(argv: list[str]) -> None:
     """
     bound_command_lines()
     ElasticCLI(args=argv)
-
-
-def end_launched(processes: list[subprocess.Popen], patience: float = 5.0) -> None:
-    """Kill processes that Lightning launched beside this one and that do not end by themselves within so many seconds:
-    without this one they would wait in a collective until that times out."""
-    deadline = time.monotonic() + patience
-    for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def _saving(callbacks: list[Callback]) -> list[Callback]:

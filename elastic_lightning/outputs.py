@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +24,7 @@ RUN_FILES = (
     "ema",
 )
 ASIDE = re.compile(r"\.old-\d+$")  # ends the name of what was moved aside
+UNSAVED = ".unsaved"  # lies in a run's folder until its first checkpoint: what is there then is nothing to go on from
 
 
 def check_writable(folder: Path, what: str) -> None:
@@ -31,6 +34,29 @@ def check_writable(folder: Path, what: str) -> None:
         raise UserError(f"cannot write {what} to {folder}: {there} is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"cannot write {what} to {folder}: no permission to write in {there}")
+
+
+def check_folder(place: Path) -> None:
+    """Raise a `UserError` where a folder is to be written and something else stands: a file, or a link to anything."""
+    if place.is_symlink() or (place.exists() and not place.is_dir()):
+        kind = "link" if place.is_symlink() else "file"
+        raise UserError(f"{place} is a {kind}, and a folder is to be written there: move it away")
+
+
+def ended_unsaved(folder: Path) -> bool:
+    """Whether a folder holds what is left of a run that ended before its first checkpoint."""
+    return (folder / UNSAVED).is_file() and not any((folder / "checkpoints").glob("*.ckpt"))
+
+
+def clear_unsaved(folder: Path) -> list[str]:
+    """Remove what such a run left, and return the names; files of other names stay."""
+    left = [*named(folder, [*RUN_FILES, "*.writing"]), folder / UNSAVED]
+    for path in left:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    return [path.name for path in left[:-1]]
 
 
 def check_free(folder: Path) -> None:
@@ -65,8 +91,9 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def named(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    """What lies right in a folder by one of these names, in their order."""
-    return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    """What lies right in a folder by one of these names, in their order; a link that leads nowhere too."""
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    return [folder / name for pattern in patterns for name in fnmatch.filter(names, pattern)]
 
 
 def move_aside(path: Path, inside: Iterable[Path] | None = None) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,9 +11,22 @@ from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from elastic_lightning.errors import UserError
+from elastic_lightning.outputs import RUN_FILES, ended_unsaved, named
 
 DECISIVE = ("seed_everything", "model", "data")  # the parts of a configuration that a resumed run must share
+HARMLESS = ("offload", "save")  # settings of callbacks that change weights, and that may change themselves
 PLACES = ("path", "tokenizer", "receiver_tokenizer", "root", "folder")  # where things lie, which may move
+KINDS = {  # of what a checkpoint holds
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "loops": dict,
+    "callbacks": dict,
+    "config": dict,
+    "world_size": int,
+    "machine": dict,
+    "method": list,
+    "run_log": dict,
+}
 SHOWN = 3  # differences that an error lists
 
 
@@ -23,12 +37,20 @@ def last_checkpoint(folder: str | Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    checkpoints = Path(folder) / "checkpoints"
-    others = sorted(checkpoints.glob("*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    path = newest(folder)
+    if path is None:
+        raise UserError(
+            f"--ckpt_path last: no checkpoint in {folder}/checkpoints; remove {folder} and start without it"
+        )
+    return path
+
+
+def newest(folder: str | Path) -> Path | None:
+    """As `last_checkpoint`; None where there is none."""
+    checkpoints = (Path(folder) / "checkpoints").glob("*.ckpt")
+    others = sorted(checkpoints, key=lambda path: (path.stat().st_mtime_ns, path.name))
     ours = [path for path in others if path.name.startswith("batch_")]
-    if not others:
-        raise UserError(f"--ckpt_path last: no checkpoint in {checkpoints}; remove {folder} and start without it")
-    return (ours or others)[-1]
+    return (ours or others or [None])[-1]
 
 
 def differences(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -45,12 +67,27 @@ def changes(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, tuple[Any
 
 
 def check_same_run(
-    checkpoint: dict[str, Any], config: dict[str, Any], path: Path, world_size: int, same_version: bool = True
+    checkpoint: dict[str, Any],
+    config: dict[str, Any],
+    path: Path,
+    world_size: int,
+    same_version: bool = True,
+    method: Collection[str] = (),
+    another_method: bool = False,
 ) -> list[str]:
-    """Refuse a checkpoint of another seed, model or data; returns what else was different, a line each.
+    """Refuse a checkpoint of another seed, model, data or method; returns what else was different, a line each.
 
     Rows a batch are those of all processes together: a run may go on with another number of them. Options that only one
     of two versions of this package has say nothing.
+
+    Args:
+        checkpoint: with the configuration of its run.
+        config: of this run.
+        path: of the checkpoint, for the message.
+        world_size: processes of this run.
+        same_version: whether the checkpoint was written by this version of the package.
+        method: classes of this run's callbacks that move weights, such as Elastic Reset; the checkpoint has its own.
+        another_method: such callbacks may be added, taken out or set otherwise.
 
     Raises:
         UserError: with what differs.
@@ -58,7 +95,10 @@ def check_same_run(
     saved = checkpoint.get("config")
     if saved is None:
         return []  # of a run that the command line did not start
-    changed = changes(saved, config) if same_version else differences(saved, config)
+    either = changes(saved, config)
+    changed = either if same_version else differences(saved, config)
+    method = {*method, *checkpoint.get("method", ())}
+    changed |= {name: values for name, values in either.items() if name.endswith(".class_path") and _of(name, method)}
     for name, (before, now) in _rows_of_a_batch(saved, config).items():
         changed.pop(name, None)
         if before * checkpoint["world_size"] != now * world_size:
@@ -68,12 +108,17 @@ def check_same_run(
         for name, values in changed.items()
         if name.split(".")[0] in DECISIVE and name.split(".")[-1] not in PLACES and "eval_" not in name
     }
+    moved = {name: values for name, values in changed.items() if _of(name, method)}
+    decisive |= {} if another_method else moved
     if decisive:
         listed = [f"{name} was {before!r} and is {now!r}" for name, (before, now) in decisive.items()]
         more = f", and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
+        instead = (
+            " (or give --another_method=true to go on with these callbacks)" if decisive.keys() <= moved.keys() else ""
+        )
         raise UserError(
             f"the checkpoint {path} is of another run: {'; '.join(listed[:SHOWN])}{more}; "
-            "resume with the configuration it was written with"
+            f"resume with the configuration it was written with{instead}"
         )
     return [
         f"{name} is {now!r} here, and was {before!r} when the checkpoint was written"
@@ -82,12 +127,30 @@ def check_same_run(
     ]
 
 
+def other_machine(checkpoint: dict[str, Any], machine: dict[str, Any]) -> list[str]:
+    """Lines on what rounds sums otherwise than where a checkpoint was written, so that the run that goes on is not the
+    unbroken one bit for bit."""
+    saved = checkpoint.get("machine", {})
+    return [
+        f"{name}: {now} here, and {saved[name]} when the checkpoint was written: sums are rounded otherwise, so the "
+        "run goes on, but not bit for bit as the unbroken one"
+        for name, now in machine.items()
+        if name in saved and saved[name] != now
+    ]
+
+
 def check_whole(checkpoint: dict[str, Any], path: Path) -> None:
     """Refuse a checkpoint that holds weights alone.
 
     Raises:
-        UserError: it has no optimizer state or no position in the data.
+        UserError: it has no optimizer state or no position in the data, or these are not what Lightning writes.
     """
+    for name, kind in KINDS.items():
+        if name in checkpoint and not isinstance(checkpoint[name], kind):
+            raise UserError(
+                f"cannot resume from {path}: its {name} is a {type(checkpoint[name]).__name__}, where a checkpoint of "
+                f"Lightning holds a {kind.__name__}; was it written by another program?"
+            )
     missing = [name for name in ("optimizer_states", "lr_schedulers", "loops") if name not in checkpoint]
     if missing:
         raise UserError(
@@ -154,19 +217,61 @@ def flat(values: Any, prefix: str = "") -> dict[str, Any]:
     return {name: value for part in parts for name, value in part.items()}
 
 
-def checkpoint_for(command: str, ckpt_path: str | None, trainer: Trainer) -> Path | None:
-    """The file that `ckpt_path` means.
+def checkpoint_for(command: str, ckpt_path: str | None, trainer: Trainer, configs: list[Path]) -> Path | None:
+    """The file that `ckpt_path` means; None for the start.
+
+    A run that saved nothing begins, where it is to go on from its last checkpoint. What only measures, in a run's
+    folder or with the config.yaml that lies there, measures that run's last checkpoint.
+
+    Args:
+        command: fit, validate, test or predict.
+        ckpt_path: a file, ``last``, ``none`` for the start, or nothing.
+        trainer: its folder is the run's.
+        configs: the configuration files that were given.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file, or it is not clear which is meant.
     """
-    if ckpt_path is None:
+    folder = trainer.log_dir  # asked on every rank, for the first one tells the others
+    if ckpt_path == "none" or (ckpt_path is None and command == "fit"):
         return None
-    if ckpt_path == "last":
-        if not trainer.log_dir:
-            raise UserError(f"{command} --ckpt_path last needs a run folder: give the trainer a logger")
-        return last_checkpoint(trainer.log_dir)
-    return Path(ckpt_path)
+    if ckpt_path is None:
+        return _measured(folder, configs)
+    if ckpt_path != "last":
+        return Path(ckpt_path)
+    if not folder:
+        raise UserError(f"{command} --ckpt_path last needs a run folder: give the trainer a logger")
+    nothing = newest(folder) is None and (ended_unsaved(Path(folder)) or not named(Path(folder), RUN_FILES))
+    if command == "fit" and nothing:
+        if trainer.is_global_zero:
+            print(f"note: no checkpoint in {folder} yet: the run begins", flush=True)
+        return None
+    return last_checkpoint(folder)
+
+
+def _measured(folder: str | None, configs: list[Path]) -> Path | None:
+    """The last checkpoint of the run in `folder`, or beside its configuration file; None where there is no run."""
+    places = [file.parent for file in configs if file.name == "config.yaml"] + ([Path(folder)] if folder else [])
+    places = list({place.resolve(): place for place in places}.values())
+    found = {place: path for place in places if (path := newest(place))}
+    if len(found) > 1:
+        raise UserError(f"which of these runs is meant: {' or '.join(map(str, found))}? Name a checkpoint: --ckpt_path")
+    if not found:
+        run = next((place for place in places if set(named(place, RUN_FILES)) - {place / "config.yaml"}), None)
+        if run is not None:
+            raise UserError(f"{run} holds a run and no checkpoint of it; --ckpt_path none measures the start")
+        return None
+    return next(iter(found.values()))
+
+
+def _of(name: str, method: Collection[str]) -> bool:
+    """Whether a setting is one of a callback of these classes, and says what the callback does to the weights."""
+    trainer, callbacks, kind, *rest = [*name.split("."), "", ""]
+    return (
+        (trainer, callbacks) == ("trainer", "callbacks")
+        and (kind in method or kind.rstrip("0123456789") in method)
+        and not set(rest) & set(HARMLESS)
+    )
 
 
 def _rows_of_a_batch(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, tuple[int, int]]:

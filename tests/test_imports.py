@@ -26,18 +26,23 @@ ALLOWED = {
     "outputs": {"errors"},
     "locks": {"errors"},
     "processes": set(),
+    "signals": set(),
     "mistakes": {"errors", "policies", "terminal"},
-    "resume": {"errors"},
+    "resume": {"errors", "outputs"},
+    "run_folder": {"outputs", "resume", "signals"},
+    "endings": {"mistakes"},
     "metrics": BASE | {"policies"},
     "policies": BASE,
     "rewards": BASE | {"policies", "ranks"},
     "algorithms": MODELS | {"ranks"},
-    "callbacks": MODELS | {"outputs", "ranks"},
+    "callbacks": MODELS | {"outputs", "ranks", "signals"},
     "data": MODELS | {"algorithms", "callbacks", "outputs"},
     "evaluation": MODELS | {"callbacks", "data", "locks", "outputs", "processes"},
     "lightning_cli": MODELS
-    | {"algorithms", "callbacks", "data", "locks", "mistakes", "outputs", "processes", "resume", ""},
-    "cli": MODELS | {"algorithms", "callbacks", "data", "evaluation", "lightning_cli", "mistakes", "processes", ""},
+    | {"algorithms", "callbacks", "data", "endings", "locks", "mistakes", "outputs", "processes", "resume"}
+    | {"run_folder", "signals", ""},
+    "cli": MODELS
+    | {"algorithms", "callbacks", "data", "evaluation", "lightning_cli", "mistakes", "processes", "signals", ""},
     "": MODELS | {"algorithms", "callbacks", "data", "evaluation"},
     "__main__": {"cli"},
 }

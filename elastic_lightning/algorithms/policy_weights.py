@@ -31,6 +31,7 @@ from elastic_lightning.policies import ActorCritic, PolicyLM
 from elastic_lightning.policies.portions import Portions
 from elastic_lightning.policies.saving import save_model
 from elastic_lightning.policies.sharding import check_apart, filled, full, gathered, models_of, shard, skeleton
+from elastic_lightning.policies.sums import write_sums
 from elastic_lightning.rewards import Reward
 
 FROZEN_PARTS = ("actor", "initial", "reward", "receiver")  # where weights lie that checkpoints leave out
@@ -88,7 +89,9 @@ class PolicyWeights(LightningModule):
             return
         save_model(model, self.tokenizer, folder, adapter)
         head = {name: tensor.cpu().contiguous() for name, tensor in head.items()}
-        save_file(head, Path(folder) / "value_head.safetensors")
+        file = Path(folder) / "value_head.safetensors"
+        save_file(head, file)
+        write_sums(Path(folder), [file], add=True)
 
     # Sharding ----------------------------------------------------------------------------------------------------
 
@@ -133,7 +136,7 @@ class PolicyWeights(LightningModule):
         elif self.trainer.state.fn == "fit":  # the strategy has taken the weights, and checked their names and shapes
             for optimizer, state in zip(self.trainer.optimizers, checkpoint["optimizer_states"], strict=True):
                 load_sharded_optimizer(optimizer, state)
-        if "ppo_step" not in checkpoint:
+        if not isinstance(checkpoint.get("ppo_step"), int):
             raise UserError("the checkpoint is not of a policy trained here: it holds no ppo_step")
         frozen, seed = checkpoint.get("frozen", {}), checkpoint.get("sampling_seed", self.sampling_seed)
         if self._trainer is None or self.trainer.state.fn != "fit":

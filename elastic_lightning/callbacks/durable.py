@@ -7,14 +7,23 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
+
+from elastic_lightning.policies.checkpoints import check_undamaged
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
     """Writes a temporary file beside the target, has it on the disk, and only then gives it its name.
 
-    Lightning's own writes into the system's folder for temporary files first, and does not wait for the disk.
+    Lightning's own writes into the system's folder for temporary files first, and does not wait for the disk; and it
+    loads a file in which bits have changed.
     """
+
+    def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
+        if Path(path).is_file():
+            check_undamaged(path)
+        return super().load_checkpoint(path, *arguments, **options)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         target = Path(path)
@@ -30,6 +39,16 @@ class DurableCheckpointIO(TorchCheckpointIO):
             fresh.unlink(missing_ok=True)
             raise
         sync_folder(target.parent)
+
+
+def write_whole(trainer: Trainer, path: Path) -> OSError | None:
+    """Have all ranks make a checkpoint and the first one write it; returns what went wrong there."""
+    try:
+        trainer.save_checkpoint(path, weights_only=False)
+    except OSError as error:
+        trainer.strategy.barrier()  # where the other ranks wait, at the end of saving
+        return error
+    return None
 
 
 def _save(checkpoint: dict[str, Any], file: BinaryIO) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
 from typing import Any
@@ -10,6 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from elastic_lightning.callbacks.saving import BatchCheckpoint
 from elastic_lightning.errors import UserError
+from elastic_lightning.signals import STOPPING, Interrupted
 
 
 class Preempted(SystemExit):
@@ -24,19 +27,20 @@ class Preempted(SystemExit):
 
 
 class Preemption(Callback):
-    """On SIGTERM or SIGUSR1 the training batch (for PPO: the PPO batch) is finished and saved; then `Preempted` ends
-    training. On several ranks it is enough that one of them gets the signal.
+    """On SIGTERM, SIGUSR1 or Ctrl-C the training batch (for PPO: the PPO batch) is finished and saved; then `Preempted`
+    ends training. On several ranks it is enough that one of them gets the signal. Ctrl-C once more ends it at once, by
+    `Interrupted`, and nothing is saved.
 
-    These are the signals that SLURM sends before a job's time is over (``#SBATCH --signal=SIGUSR1@90``). Lightning's
-    own answer, which saves in the middle of a batch and requeues the job, is taken out: whoever starts the job decides
-    whether it starts again. The trainer needs a `BatchCheckpoint`.
+    The first two are the signals that SLURM sends before a job's time is over (``#SBATCH --signal=SIGUSR1@90``).
+    Lightning's own answer, which saves in the middle of a batch and requeues the job, is taken out: whoever starts the
+    job decides whether it starts again. The trainer needs a `BatchCheckpoint`.
     """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._process = os.getpid()
+        self._says = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and not any(isinstance(callback, BatchCheckpoint) for callback in trainer.callbacks):
@@ -45,8 +49,10 @@ class Preemption(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not earlier: Lightning has just put its own handlers in, and gives back what was there when training ends.
         self.received = signal.SIGTERM if trainer.received_sigterm else None
+        self._process, self._says = os.getpid(), trainer.is_global_zero
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+            heard = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._receive) for number in heard}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for number, handler in self._before.items():
@@ -67,4 +73,14 @@ class Preemption(Callback):
             raise Preempted(f"stopped by {name} after batch {checkpoint.batches}, saved as {path}")
 
     def _receive(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._process:
+            return  # in a worker of a data loader, whose batches are still wanted
+        again = number == self.received == signal.SIGINT
         self.received = signal.Signals(number)
+        if again:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # on the way out there is nothing to interrupt
+            raise Interrupted(number)
+        if number == signal.SIGINT and self._says:
+            text = "\nCtrl-C: the batch in hand is finished and saved; once more ends it at once, and loses the batch\n"
+            with contextlib.suppress(OSError):  # nobody may be listening
+                os.write(2, text.encode())  # for print may be what was interrupted

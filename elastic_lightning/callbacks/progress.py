@@ -80,7 +80,8 @@ class RunProgress(ProgressBar):
         if trainer.max_steps and trainer.max_steps > 0 and pl_module.automatic_optimization:
             steps = trainer.max_steps * trainer.accumulate_grad_batches
             total = steps if total is None else min(total, steps)
-        self._start("training", total, trainer.fit_loop.total_batch_idx + 1)
+        done = trainer.fit_loop.total_batch_idx + 1
+        self._start("training", total and max(total, done), done)  # a resumed run may be past a lower limit
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

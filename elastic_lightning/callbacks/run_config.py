@@ -7,12 +7,31 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    GradientAccumulationScheduler,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+
+from elastic_lightning.callbacks.weight_sets import WeightSets
+
+METHODS = (  # callbacks that are part of what a run is, for they decide what becomes of its weights
+    WeightSets,
+    WeightAveraging,
+    StochasticWeightAveraging,
+    BaseFinetuning,
+    GradientAccumulationScheduler,
+    ModelPruning,
+)
 
 
 class RunConfig(Callback):
-    """Keeps a plain configuration and the number of processes in each checkpoint, to compare when a run resumes."""
+    """Keeps a plain configuration, the method and the machine in each checkpoint, to compare when a run resumes."""
 
     def __init__(self, version: str) -> None:
         self.version = version  # of this package
@@ -30,6 +49,23 @@ class RunConfig(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"], checkpoint["world_size"] = self.config, trainer.world_size
         checkpoint["elastic_lightning_version"] = self.version
+        checkpoint["method"], checkpoint["machine"] = method_of(trainer), machine_of(trainer)
+
+
+def method_of(trainer: Trainer) -> list[str]:
+    """Classes of the callbacks that move weights."""
+    return sorted(type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, METHODS))
+
+
+def machine_of(trainer: Trainer) -> dict[str, Any]:
+    """What decides how sums are rounded, beside the configuration."""
+    return {
+        "threads": torch.get_num_threads(),
+        "processes": trainer.world_size,
+        "device": trainer.strategy.root_device.type,
+        "instructions of the CPU": torch.backends.cpu.get_cpu_capability(),
+        "torch": str(torch.__version__),
+    }
 
 
 def replaced_callbacks(files: Iterable[Path], callbacks: list[Any]) -> list[str]:

@@ -16,11 +16,12 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.trainer import call
 from torch import Tensor
 
-from elastic_lightning.callbacks.durable import DurableCheckpointIO, sync_folder
+from elastic_lightning.callbacks.durable import DurableCheckpointIO, sync_folder, write_whole
 from elastic_lightning.callbacks.position import Position
 from elastic_lightning.callbacks.run_log import flush, mark, rewind
 from elastic_lightning.errors import UserError
 from elastic_lightning.functional import first_not_finite
+from elastic_lightning.outputs import UNSAVED, check_folder
 from elastic_lightning.policies.saving import check_mergeable
 from elastic_lightning.ranks import alike
 
@@ -58,10 +59,15 @@ class SavePretrained(Callback):
             check_mergeable(pl_module)  # now, not after hours of training
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        alike(lambda: self._check_free(trainer))  # here, for sharded runs read their checkpoints late
+        folder = self.folder or trainer.log_dir  # asked on every rank, for the first one tells the others
+        alike(lambda: self._check_free(trainer, folder))  # here, for sharded runs read their checkpoints late
 
-    def _check_free(self, trainer: Trainer) -> None:
-        if self.folder is None or self._resumed or not trainer.is_global_zero or trainer.fast_dev_run:
+    def _check_free(self, trainer: Trainer, folder: str | None) -> None:
+        if folder is None or not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        for name in ("final",) if self.monitor is None else ("final", "best"):
+            check_folder(Path(folder) / name)  # now, not when training has ended
+        if self.folder is None or self._resumed:
             return
         taken = next((name for name in ("final", "best") if (Path(self.folder) / name).exists()), None)
         if taken is not None:
@@ -140,12 +146,22 @@ class BatchCheckpoint(Checkpoint):
         self.last: Path | None = None  # checkpoint
         self._saving = False
         self._resumed: Position | None = None
+        self._marks: dict[str, int] = {}  # where the logs stood when it was written
+        self._optimizers: int | None = None  # whose state it holds
+        self._loaded: Path | None = None  # the checkpoint that the run goes on from
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = DurableCheckpointIO()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = self._folder(trainer)
+        alike(lambda: check_folder(folder))
+        if self._optimizers not in (None, len(trainer.optimizers)):  # Lightning takes as many as there are
+            had, has = self._optimizers, len(trainer.optimizers)
+            raise UserError(f"the checkpoint {self._loaded} is of a model of {had} optimizers, and this one has {has}")
+        rewind(trainer, self._marks)  # here, when all of the checkpoint is in its place: it cannot be undone
+        self._marks, self._optimizers = {}, None
         if self._resumed is not None:
             self._resumed.enter(trainer)
             self._resumed = None
@@ -192,15 +208,16 @@ class BatchCheckpoint(Checkpoint):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != "fit":
             return
+        self._loaded = Path(trainer.ckpt_path) if trainer.ckpt_path else None
         trainer.num_sanity_val_steps = 0  # the start was validated when the run began
-        rewind(trainer, checkpoint.get("run_log", {}))
+        self._marks, self._optimizers = checkpoint.get("run_log", {}), len(checkpoint.get("optimizer_states", ()))
         trainer.should_stop = checkpoint.get("stopped_with") == _patience(trainer)  # and not with more patience now
         if "position" in checkpoint:
             self._resumed = Position(**checkpoint["position"])
             self._resumed.restore(checkpoint["loops"]["fit_loop"], trainer.max_epochs)
 
     def save(self, trainer: Trainer) -> Path:
-        """Write the checkpoint of the batches done, unless it stands already; to be called between two batches."""
+        """Write the checkpoint of the batches done, unless it stands; to be called between two batches."""
         if self.last is None or self.saved != self.batches:
             self._save(trainer)
         return self.last
@@ -209,13 +226,15 @@ class BatchCheckpoint(Checkpoint):
         if self.batches // self.every > self.saved // self.every and not trainer.fast_dev_run:
             self.save(trainer)
 
+    def _folder(self, trainer: Trainer) -> Path:
+        return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+
     def _save(self, trainer: Trainer) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
-        target = folder / f"batch_{self.batches:06d}.ckpt"
+        target = self._folder(trainer) / f"batch_{self.batches:06d}.ckpt"
         alike(lambda: self._prepare(trainer, trainer.lightning_module, target))
         self._saving = True
         try:
-            error = _write_whole(trainer, target.with_suffix(".writing"))
+            error = write_whole(trainer, target.with_suffix(".writing"))
             alike(lambda: self._name(trainer, target, error))
         finally:
             self._saving = False
@@ -237,6 +256,7 @@ class BatchCheckpoint(Checkpoint):
             if trainer.is_global_zero:
                 os.replace(target.with_suffix(".writing"), target)
                 sync_folder(target.parent)
+                (target.parent.parent / UNSAVED).unlink(missing_ok=True)
                 self._remove_old(target.parent, target)
 
     @contextmanager
@@ -244,7 +264,8 @@ class BatchCheckpoint(Checkpoint):
         try:
             yield
         except OSError as error:
-            kept = f"the last good checkpoint is {self.last}" if self.last else "there is none before it"
+            good = next((path for path in (self.last, self._loaded) if path and path.exists()), None)
+            kept = f"the last good checkpoint is {good}" if good else "there is none before it"
             raise UserError(f"cannot write {target}: {error.strerror or error}; {kept}") from error
 
     def _remove_old(self, folder: Path, target: Path) -> None:
@@ -276,13 +297,3 @@ def _patience(trainer: Trainer) -> dict[str, int]:
     """That of each callback that may stop the run early."""
     stoppers = (callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping))
     return {callback.state_key: callback.patience for callback in stoppers}
-
-
-def _write_whole(trainer: Trainer, path: Path) -> OSError | None:
-    """Have all ranks make a checkpoint and the first one write it; returns what went wrong there."""
-    try:
-        trainer.save_checkpoint(path, weights_only=False)
-    except OSError as error:
-        trainer.strategy.barrier()  # where the other ranks wait, at the end of saving
-        return error
-    return None

@@ -24,6 +24,7 @@ from elastic_lightning.policies.saving import PAD_TOKENS, usable_pad
 from elastic_lightning.policies.seq2seq import Seq2SeqLM
 from elastic_lightning.policies.sources import Dtype, LoRA, ModelSource
 from elastic_lightning.policies.special_tokens import shares_pad
+from elastic_lightning.policies.sums import check_sums
 
 
 class LoadedPolicy(NamedTuple):
@@ -143,6 +144,7 @@ def from_path(auto_class: type, source: ModelSource, new_head: bool = False, **o
             options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
     if not Path(source.path).exists() and hub_offline():
         options["local_files_only"] = True
+    check_sums(source.path)
     with readable("model", source.path):
         model, report = auto_class.from_pretrained(
             source.path,
@@ -228,6 +230,7 @@ def load_adapter(
     """
     from peft import PeftModel
 
+    check_sums(source.path)
     base = base or adapter_base(source.path)
     fields = {name: getattr(source, name) for name in ("dtype", "attention", "trust_remote_code")}
     model = from_path(auto_class, ModelSource(base, **fields), **options)

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from elastic_lightning.errors import UserError
+from elastic_lightning.policies.sums import write_sums
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]")  # where a tokenizer has none of its own: the first that it knows
@@ -41,6 +42,7 @@ def save_model(
         if getattr(getattr(model, "active_peft_config", None), "task_type", None) == "SEQ_CLS":
             model.config.save_pretrained(folder)  # the names of its labels: peft keeps none, the base model has others
     tokenizer.save_pretrained(folder)
+    write_sums(Path(folder), sorted(Path(folder).glob("*.safetensors")))
 
 
 def for_plain_use(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> PreTrainedTokenizerBase:

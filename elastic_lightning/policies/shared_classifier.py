@@ -23,6 +23,7 @@ from elastic_lightning.policies.classifier import adapter_labels, is_adapter
 from elastic_lightning.policies.language_model import PolicyLM
 from elastic_lightning.policies.saving import ADAPTER_WEIGHTS
 from elastic_lightning.policies.sources import ModelSource
+from elastic_lightning.policies.sums import check_sums
 
 PREFIX, HEAD = "base_model.model.", "score.weight"
 PLAIN = {"peft_type": "LORA", "use_dora": False, "alpha_pattern": {}, "bias": "none", "lora_bias": False}
@@ -124,6 +125,7 @@ def _read(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The adapter's settings, and its weights by the names of the base model's modules."""
     if not is_adapter(path):
         raise UserError(f"{path} holds no adapter (adapter_config.json): a whole model is a PreferenceReward")
+    check_sums(path)
     try:
         settings = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
         weights = load_file(Path(path) / ADAPTER_WEIGHTS)

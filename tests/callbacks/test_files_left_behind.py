@@ -78,7 +78,7 @@ def test_predictions_are_written_once_and_whole(lab, tmp_path):
     path = tmp_path / "deep" / "predictions.jsonl"
     path.parent.mkdir()
     path.write_text("stale\n")
-    trainer = lab.trainer(tmp_path, [ResponseWriter(str(path))])
+    trainer = lab.trainer(tmp_path, [ResponseWriter(str(path), replace=True)])
     returned = trainer.predict(lab.ppo(), lab.loader(lab.prompts(3)))
     rows = lines(path)
     assert rows == [row for batch in returned for row in batch] and len(rows) == 12
@@ -244,6 +244,28 @@ def test_the_count_goes_on_after_a_resume(lab, tmp_path):
     run(1)
     run(2, tmp_path / "end.ckpt")
     assert names(tmp_path / "checkpoints") == [f"batch_00000{number}.ckpt" for number in (2, 3, 4, 6)]
+
+
+def test_a_resumed_run_that_cannot_save_names_the_checkpoint_it_came_from(lab, tmp_path):
+    checkpoints(lab, tmp_path, count=3)
+    path = tmp_path / "checkpoints" / "batch_000003.ckpt"
+    trainer = lab.trainer(tmp_path, [BatchCheckpoint(every=1)], enable_checkpointing=True, max_epochs=2)
+    (tmp_path / "checkpoints" / "batch_000004.writing.writing").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=rf"No space left on device; the last good checkpoint is {path}$"):
+        trainer.fit(lab.ppo(), lab.loader(lab.prompts(3)), ckpt_path=path, weights_only=True)
+
+
+@pytest.mark.parametrize("link", [True, False])
+@pytest.mark.parametrize("name", ["final", "best", "checkpoints"])
+def test_what_stands_where_a_folder_is_to_be_is_found_before_training(link, name, lab, tmp_path, logger):
+    place = tmp_path / "run" / name
+    place.parent.mkdir()
+    place.symlink_to(tmp_path / "nowhere") if link else place.write_text("mine")
+    module = lab.ppo()
+    own = [SavePretrained(monitor="val/reward"), BatchCheckpoint(every=1)]
+    with pytest.raises(UserError, match=rf"run/{name} is a {'link' if link else 'file'}.*move it away"):
+        lab.trainer(tmp_path, own, logger=logger, enable_checkpointing=True).fit(module, lab.loader(lab.prompts(1)))
+    assert module.ppo_step == 0
 
 
 @pytest.mark.parametrize("options", [{"every": 0}, {"every": 1, "keep": 0}])

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from elastic_lightning import ElasticReset
-from elastic_lightning.callbacks import RunProgress
+from elastic_lightning.callbacks import BatchCheckpoint, RunProgress
 
 
 class Terminal(io.StringIO):
@@ -76,6 +76,19 @@ def test_a_resumed_run_goes_on_counting(lab, tmp_path, capsys):
     trainer = lab.trainer(tmp_path, [RunProgress(seconds=0)], enable_progress_bar=True, max_epochs=2)
     trainer.fit(lab.ppo(), lab.loader(lab.prompts()), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
     assert "training 5/8" in capsys.readouterr().out
+
+
+def test_a_run_resumed_with_a_lower_limit_does_not_count_past_it(lab, tmp_path, capsys):
+    save = [BatchCheckpoint(every=1)]
+    lab.fit(lab.ppo(), tmp_path, save, max_epochs=2, limit_train_batches=3, enable_checkpointing=True)
+    capsys.readouterr()
+    bars = [RunProgress(seconds=0), BatchCheckpoint(every=1)]
+    options = {"enable_progress_bar": True, "enable_checkpointing": True, "limit_train_batches": 3}
+    trainer = lab.trainer(tmp_path, bars, max_epochs=1, **options)
+    path = tmp_path / "checkpoints" / "batch_000006.ckpt"
+    trainer.fit(lab.ppo(), lab.loader(lab.prompts()), ckpt_path=path, weights_only=True)
+    out = capsys.readouterr().out
+    assert "6/3" not in out and "training 6/6" in out
 
 
 def test_a_bar_on_a_terminal(lab, tmp_path, monkeypatch):

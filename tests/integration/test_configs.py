@@ -54,6 +54,14 @@ def test_a_method_parses(path):
     parse("--config", path)
 
 
+@pytest.mark.parametrize("path", METHODS, ids=str)
+def test_a_method_saves_often_enough_to_be_resumed(path):
+    trainer = yaml.safe_load(path.read_text())["trainer"]
+    every = [c["init_args"]["every"] for c in trainer["callbacks"] if c["class_path"] == "BatchCheckpoint"] or [50]
+    batches = [trainer[limit] for limit in ("limit_train_batches", "max_steps") if limit in trainer]
+    assert not batches or every[0] * 3 <= batches[0]
+
+
 @pytest.mark.parametrize("path", OVERLAYS, ids=str)
 def test_an_overlay_parses_over_a_method(path):
     parse("--config", METHODS[0], "--config", path)

@@ -9,8 +9,8 @@ import pytest
 from safetensors import SafetensorError
 
 from elastic_lightning import cli
+from elastic_lightning.endings import end_launched
 from elastic_lightning.errors import UserError
-from elastic_lightning.lightning_cli import end_launched
 
 
 def test_launched_processes_do_not_outlive_the_one_that_launched_them():

@@ -1,6 +1,7 @@
 """Runs that are stopped, resumed, or refused to resume, as a user of the command line sees it."""
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -90,16 +91,18 @@ def test_a_signal_before_anything_was_trained_is_told(toy_fit, tmp_path, monkeyp
 
     monkeypatch.setattr(PPO, "validation_step", signalled)
     assert main(toy_fit()) == 1
-    assert "stopped by SIGTERM before a batch was trained" in capsys.readouterr().err.splitlines()[-1]
+    assert (
+        "stopped by SIGTERM before a batch was trained: nothing was saved" in capsys.readouterr().err.splitlines()[-1]
+    )
     assert not (tmp_path / "run").exists()
 
 
-def test_last_without_a_checkpoint_is_an_error(toy_fit, tmp_path, capsys):
-    for command in ("fit", "validate", "test", "predict"):
+def test_there_is_no_last_checkpoint_to_measure(toy_fit, tmp_path, capsys):
+    for command in ("validate", "test", "predict"):
         assert main([*toy_fit(command=command, version="new"), "--ckpt_path=last"]) == 1
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith(f"error: --ckpt_path last: no checkpoint in {tmp_path}/run/new/checkpoints")
-    assert not (tmp_path / "run" / "new" / "final").exists()
+    assert not (tmp_path / "run" / "new").exists()
 
 
 @pytest.fixture(scope="module")
@@ -230,8 +233,79 @@ def test_a_part_that_is_added_or_left_out_is_another_run():
             same_run(saved_by(1, model=before), 1, model=now)
     with pytest.raises(UserError, match=r"model.weights.a was None and is -1.0"):
         same_run(saved_by(1, model={"weights": None}), 1, model={"weights": {"a": -1.0}})
-    with_callback = {"callbacks": [{"class_path": "x.ElasticReset"}]}
+    with_callback = {"callbacks": [{"class_path": "x.SampleLogger"}]}
     assert same_run(saved_by(1, trainer=with_callback), 1, trainer={"callbacks": []})  # noted, and allowed
+
+
+SAVE = {"class_path": "elastic_lightning.callbacks.SavePretrained"}
+RESET = {"class_path": "elastic_lightning.callbacks.ElasticReset", "init_args": {"every": 3, "offload": False}}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ([SAVE, RESET], [SAVE], "ElasticReset.class_path was 'elastic_lightning.callbacks.ElasticReset' and is None"),
+        ([SAVE], [SAVE, RESET], "ElasticReset.class_path was None and is 'elastic_lightning.callbacks.ElasticReset'"),
+        ([RESET], [RESET | {"init_args": {"every": 9}}], "ElasticReset.init_args.every was 3 and is 9"),
+        ([RESET], [RESET, RESET], "ElasticReset.class_path was"),
+    ],
+)
+@pytest.mark.parametrize("same_version", [True, False])
+def test_what_moves_the_weights_is_part_of_a_run(before, now, said, same_version):
+    checkpoint = saved_by(1, trainer={"callbacks": before}) | {"method": ["ElasticReset"] * (RESET in before)}
+    given = {"trainer": {"callbacks": now}}, Path("a.ckpt"), 1, same_version, ["ElasticReset"] * (now != [SAVE])
+    with pytest.raises(UserError, match=rf"{re.escape(said)}.*or give --another_method=true"):
+        check_same_run(checkpoint, *given)
+    assert all("ElasticReset" in line for line in check_same_run(checkpoint, *given, another_method=True))
+
+
+def test_where_an_average_is_kept_is_no_part_of_a_run():
+    there = RESET | {"init_args": {"every": 3, "offload": True}}
+    checkpoint = saved_by(1, trainer={"callbacks": [RESET]}) | {"method": ["ElasticReset"]}
+    assert len(same_run(checkpoint, 1, trainer={"callbacks": [there]})) == 1  # noted
+
+
+def test_a_run_does_not_lose_elastic_reset_unless_it_is_asked_to(finished, toy_fit, monkeypatch, capsys):
+    """And a run on another number of threads says that sums are rounded otherwise."""
+    without = [*toy_fit(), "--trainer.callbacks=[SavePretrained]", "--ckpt_path=last"]
+    assert main(without) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "ElasticReset" in error and "--another_method=true" in error
+    threads = torch.get_num_threads()
+    monkeypatch.setattr("elastic_lightning.callbacks.run_config.torch.get_num_threads", lambda: threads + 2)
+    assert main([*without, "--another_method=true"]) == 0
+    printed = capsys.readouterr().out
+    assert "note: trainer.callbacks.ElasticReset.class_path is None here" in printed
+    assert f"note: threads: {threads + 2} here, and {threads} when the checkpoint was written: sums are" in printed
+    assert "another_method: false" in (finished / "config.yaml").read_text()
+
+
+OTHERS = {  # what a checkpoint may hold in place of what is written here
+    "loops": [{}, {"fit_loop": 1}, None],
+    "callbacks": [[], dict.fromkeys(["ElasticReset", "BatchCheckpoint"], 3), {"ElasticReset": {"batches": 1}}],
+    "position": [{"epoch": 1}, 5, dict.fromkeys(["epoch", "batches", "epoch_batches", "total", "logged"], "x")],
+    "optimizer_states": [{}, [], [{}], [{"state": {0: 1}, "param_groups": []}]],
+    "lr_schedulers": [None],
+    "config": [["a"], "a"],
+    "world_size": ["two"],
+    "run_log": [5],
+    "state_dict": [[]],
+    "ppo_step": ["x"],
+}
+QUICK = [("position", 0), ("callbacks", 1)]
+ALL = [(name, index) for name, values in OTHERS.items() for index in range(len(values)) if (name, index) not in QUICK]
+
+
+@pytest.mark.parametrize(
+    ("name", "index"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL)], ids=str
+)
+def test_a_checkpoint_that_is_built_otherwise_is_one_line(name, index, finished, toy_fit, capsys):
+    path = finished / "checkpoints" / "batch_000003.ckpt"
+    torch.save(torch.load(path, weights_only=True) | {name: OTHERS[name][index]}, path)
+    before = scalars(finished)
+    assert main([*toy_fit(), callbacks(1), f"--ckpt_path={path}"]) == 1
+    assert re.search("checkpoint", capsys.readouterr().err.splitlines()[-1])
+    assert scalars(finished) == before
 
 
 def test_an_option_that_one_version_alone_has_says_nothing():
