@@ -10,7 +10,7 @@ from elastic_lightning.algorithms.supervised import AdamWConfig, SupervisedModul
 from elastic_lightning.errors import UserError
 from elastic_lightning.functional import token_logprobs
 from elastic_lightning.metrics import TokenPerplexity
-from elastic_lightning.policies import ModelSource, load_source
+from elastic_lightning.policies import ModelSource, as_policy, load_source
 from elastic_lightning.policies.language_model import context_length
 
 
@@ -22,6 +22,9 @@ class LanguageModel(SupervisedModule):
         Args:
             policy: the model to train, or the architecture to start from.
             optimizer: AdamW and its schedule.
+
+        Raises:
+            UserError: the model cannot be loaded, or is none that PPO could go on with.
         """
         super().__init__()
         policy, optimizer = from_plain(ModelSource, policy), from_plain(AdamWConfig, optimizer)
@@ -29,6 +32,7 @@ class LanguageModel(SupervisedModule):
         loaded = load_source(policy)
         if loaded.model.config.is_encoder_decoder:
             raise UserError(f"{type(loaded.model).__name__} is an encoder-decoder: see TranslationModel")
+        as_policy(loaded.model)  # what a policy of a later stage cannot be is refused at this one
         self.model, self.tokenizer = loaded.model.train(), loaded.tokenizer
         self.optimizer_config = optimizer
         self.perplexity = TokenPerplexity()

@@ -267,7 +267,7 @@ class PolicyModule(PolicyWeights):
 
     def _measure_drift(self, prompts: Prompts, sampled: Responses) -> None:
         """KL, entropy and fluency of sampled responses, in parts whose logits fit into memory."""
-        whole = sampled.mask.shape[1] * self.actor.lm.config.vocab_size  # logits a row
+        whole = sampled.mask.shape[1] * self.actor.lm.vocabulary  # logits a row
         size = max(1, VALIDATION_LOGITS // whole)
         for start in range(0, len(sampled.tokens), size):
             part = _rows(slice(start, start + size), prompts, sampled)

@@ -44,7 +44,9 @@ class PreferenceModel(SupervisedModule):
             raise UserError(f"margin_weight must be 0 or more, got {margin_weight}")
         classifier, optimizer = from_plain(ModelSource, classifier), from_plain(AdamWConfig, optimizer)
         self.save_plain_hyperparameters()
-        self.tokenizer = load_tokenizer(classifier.tokenizer or classifier.path)
+        self.tokenizer = load_tokenizer(
+            classifier.tokenizer or classifier.path, trust_remote_code=classifier.trust_remote_code
+        )
         self.model = new_classifier(classifier, self.tokenizer, num_labels=1).train()
         pad_like(self.model, self.tokenizer)
         self.margin_weight, self.optimizer_config = margin_weight, optimizer

@@ -40,7 +40,9 @@ class RewardModel(SupervisedModule):
         super().__init__()
         classifier, optimizer = from_plain(ModelSource, classifier), from_plain(AdamWConfig, optimizer)
         self.save_plain_hyperparameters()
-        self.tokenizer = load_tokenizer(classifier.tokenizer or classifier.path)
+        self.tokenizer = load_tokenizer(
+            classifier.tokenizer or classifier.path, trust_remote_code=classifier.trust_remote_code
+        )
         names = {
             "num_labels": len(labels),
             "id2label": dict(enumerate(labels)),

@@ -101,7 +101,7 @@ class TranslationGame(PPO):
         self.receiver = translator
         self.receiver_learning_rate = receiver_learning_rate
         self.supervised_weight = supervised_weight
-        self.policy_metrics = GameMetrics(self.actor.lm.config.vocab_size, metrics)
+        self.policy_metrics = GameMetrics(self.actor.lm.vocabulary, metrics)
         self._supervised: dict[str, PairedTexts] = {}  # of the batch in hand
 
     def configure_model(self) -> None:

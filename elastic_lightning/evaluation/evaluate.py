@@ -109,6 +109,7 @@ def evaluate(
     questions: QuestionOptions | None = None,
     reward: Reward | None = None,
     force: bool = False,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Measure a model; each part is written to `evaluation.json` as soon as it is there.
 
@@ -122,6 +123,7 @@ def evaluate(
         questions: what is asked; needs `reward`.
         reward: scores the answers.
         force: replace a file of another model, or of somebody else.
+        trust_remote_code: run the python code that comes with the model; off unless asked.
 
     Returns:
         What the file holds: `model`, and of `perplexity`, `humaneval` and `reward` those that were measured.
@@ -145,7 +147,7 @@ def evaluate(
     if humaneval is not None:
         check_allowed(humaneval)
         read_problems(humaneval.path)
-    policy, tokenizer = load(model)
+    policy, tokenizer = load(model, trust_remote_code)
     policy.to("cuda" if torch.cuda.is_available() else "cpu")
     parts: dict[str, Callable[[], dict[str, Any]]] = {}
     if texts is not None:
@@ -250,7 +252,16 @@ def main(argv: list[str]) -> int:
     parser = make_parser()
     given = parser.instantiate_classes(parser.parse_args(argv))
     humaneval = given.humaneval and replace(given.humaneval, allow_code_execution=given.allow_code_execution)
-    results = evaluate(given.model, given.output, given.texts, humaneval, given.questions, given.reward, given.force)
+    results = evaluate(
+        given.model,
+        given.output,
+        given.texts,
+        humaneval,
+        given.questions,
+        given.reward,
+        given.force,
+        given.trust_remote_code,
+    )
     console = PlainConsole()
     for line in describe(results):
         console.print(line, soft_wrap=True)
@@ -270,6 +281,7 @@ def make_parser():
     parser.add_argument("--questions", type=QuestionOptions | None, help="reward: held-out questions")
     parser.add_argument("--reward", type=Reward | None, help="scores the answers, e.g. ClassifierReward")
     parser.add_argument("--humaneval", type=HumanEvalOptions | None, help="pass@k of programs that the model writes")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run python code that comes with the model")
     parser.add_argument(
         "--allow-code-execution", action="store_true", help="let HumanEval run what the model wrote, in its sandbox"
     )

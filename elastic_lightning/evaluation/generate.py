@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
     sampling = Sampling(
         arguments.max_new_tokens, arguments.min_new_tokens, arguments.temperature, arguments.top_k, arguments.top_p
     )
-    policy, tokenizer = load(arguments.model)
+    policy, tokenizer = load(arguments.model, arguments.trust_remote_code)
     _place(policy, arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rows = generate(policy, tokenizer, prompts, sampling, arguments.seed, arguments.samples, arguments.batch_size)
     if arguments.output:
@@ -96,16 +96,19 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def load(path: str) -> tuple[ActorCritic, PreTrainedTokenizerBase]:
-    """Policy and tokenizer from a `save_pretrained` folder, a hub id, or a ``.ckpt`` file of a PPO run."""
+def load(path: str, trust_remote_code: bool = False) -> tuple[ActorCritic, PreTrainedTokenizerBase]:
+    """Policy and tokenizer from a `save_pretrained` folder, a hub id, or a ``.ckpt`` file of a PPO run.
+
+    Code that comes with the model runs where `trust_remote_code` says so: a checkpoint alone cannot allow it.
+    """
     if not path.endswith(".ckpt"):
-        loaded = load_policy(path)
+        loaded = load_policy(path, trust_remote_code=trust_remote_code)
         return ActorCritic(as_policy(loaded.model)).eval(), loaded.tokenizer
     checkpoint = read_checkpoint(path)
     settings = checkpoint.get("hyper_parameters", {})
     if not isinstance(settings.get("policy"), dict):
         raise UserError(f"{path} is not a checkpoint of a policy trained here: its hyper-parameters name no policy")
-    fields = dict(settings["policy"])
+    fields = {**settings["policy"], "trust_remote_code": trust_remote_code}
     try:
         source = ModelSource(**{**fields, "lora": LoRA(**fields["lora"]) if fields.get("lora") else None})
     except TypeError as error:
@@ -185,4 +188,5 @@ def _parser() -> Parser:
     parser.add_argument("--device", help="such as cuda:1; by default cuda where there is one, else cpu")
     parser.add_argument("--output", help="a file of JSON lines to write; by default responses are printed")
     parser.add_argument("--force", action="store_true", help="replace the file of --output where it is there")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run python code that comes with the model")
     return parser

@@ -31,7 +31,7 @@ class ActorCritic(nn.Module):
     def __init__(self, lm: PolicyLM, separate_value_trunk: bool = False) -> None:
         super().__init__()
         self.lm = lm
-        self.value_head = nn.Linear(lm.config.hidden_size, 1)
+        self.value_head = nn.Linear(lm.hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.value_trunk = _trunk_copy(lm) if separate_value_trunk else None

@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
+from elastic_lightning.errors import UserError
+
 
 class AutoLanguageModel:
     """Transformers' auto class for language models of both kinds: the config says which one a model is."""
@@ -29,4 +31,10 @@ class AutoLanguageModel:
 
     @staticmethod
     def _kind(config: PreTrainedConfig) -> type:
-        return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        own_code = kind.__name__ in (getattr(config, "auto_map", None) or {})
+        if type(config) not in kind._model_mapping and not own_code:
+            raise UserError(
+                f"a model of type {config.model_type} writes no text: transformers' {kind.__name__} has none such"
+            )
+        return kind

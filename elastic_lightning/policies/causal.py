@@ -17,6 +17,8 @@ from elastic_lightning.policies.batches import Prompts, Responses
 from elastic_lightning.policies.cache import PreallocatedLayer
 from elastic_lightning.policies.language_model import PolicyLM
 from elastic_lightning.policies.layers import checkpointed, layer_stack, recorded, replayed, train_upper_layers
+from elastic_lightning.policies.portions import out_of_memory
+from elastic_lightning.policies.reading import usable
 from elastic_lightning.policies.special_tokens import encode_open
 from elastic_lightning.policies.text import Texts, decode_texts
 
@@ -43,7 +45,8 @@ class CausalLM(PolicyLM):
 
     Raises:
         UserError: the model is no decoder alone, changes its logits after the output layer (soft-capping or scaling),
-            or decodes without a cache of keys and values (state-space models).
+            decodes without a cache of keys and values (state-space models), or reads a text otherwise with padding on
+            its left.
     """
 
     separator = ""
@@ -54,14 +57,15 @@ class CausalLM(PolicyLM):
         if model.config.is_encoder_decoder:
             raise UserError(f"{type(model).__name__} is an encoder-decoder, where a causal language model is needed")
         super().__init__(model, gradient_checkpointing)
-        self._check_cache()
+        with usable(self._name):
+            self.check_reading()
         self.trainable_layers = trainable_layers
         if trainable_layers is not None:
             train_upper_layers(model, self.backbone, trainable_layers)
 
     @property
     def backbone(self) -> nn.Module:
-        return self._plain.base_model
+        return text_backbone(self._plain)
 
     @staticmethod
     def forward_hidden(backbone: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -110,7 +114,9 @@ class CausalLM(PolicyLM):
 
     def start(self, prompts: Prompts, new_tokens: int) -> tuple[Decoding, Tensor]:
         batch, length = prompts.tokens.shape
-        cache = Cache(layers=[PreallocatedLayer(length + new_tokens) for _ in range(self.config.num_hidden_layers)])
+        if self.longest_text is not None and length + new_tokens > self.longest_text:
+            self.check_context(int(prompts.mask.sum(dim=1).max()), new_tokens)
+        cache = Cache(layers=[PreallocatedLayer(length + new_tokens) for _ in range(self.layers)])
         mask = torch.ones(batch, length + new_tokens, dtype=torch.bool, device=prompts.mask.device)
         mask[:, :length] = prompts.mask
         state = Decoding(cache, mask, position=prompts.mask.sum(dim=1), length=length)
@@ -152,12 +158,12 @@ class CausalLM(PolicyLM):
         """Whether a bool mask over all columns of a cache is all that attention needs: not where a window or chunk is
         shorter than the cache, nor past the length at which longrope takes other frequencies, and not in the
         implementations that add masks up."""
-        limits = [getattr(self.config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-        rope = getattr(self.config, "rope_parameters", None) or {}
+        limits = [getattr(self.text_config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+        rope = getattr(self.text_config, "rope_parameters", None) or {}
         for part in (rope, *rope.values()):  # of some models each kind of layer has its own
             if isinstance(part, dict) and part.get("rope_type") == "longrope":
                 limits.append(part.get("original_max_position_embeddings"))
-        return self.config._attn_implementation == "sdpa" and all(n is None or n >= columns for n in limits)
+        return self.text_config._attn_implementation == "sdpa" and all(n is None or n >= columns for n in limits)
 
     # Texts ------------------------------------------------------------------------------------------------------
 
@@ -186,28 +192,67 @@ class CausalLM(PolicyLM):
     # Checks -----------------------------------------------------------------------------------------------------
 
     @property
-    def _frozen_layers(self) -> int:
-        return self.config.num_hidden_layers - self.trainable_layers
+    def layers(self) -> int:
+        """The number of the transformer's layers."""
+        return self.text_config.num_hidden_layers
 
-    def _two_tokens(self) -> tuple[Tensor, Tensor]:
-        tokens = torch.tensor([[0, 1]], device=next(self.model.parameters()).device)
-        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
+    @property
+    def _frozen_layers(self) -> int:
+        return self.layers - self.trainable_layers
+
+    def _read_probe(self) -> tuple[Tensor, Tensor]:
+        text = self._probe_text()
+        inputs = {"input_ids": text, "attention_mask": torch.ones_like(text), "use_cache": False}
         return self.backbone(**inputs).last_hidden_state, self._plain(**inputs).logits
 
     @torch.no_grad()
-    def _check_cache(self) -> None:
-        """Every layer keeps its keys and values in the cache it is given, or reads those of another layer."""
-        tokens = torch.tensor([[0, 1]], device=next(self.model.parameters()).device)
+    def check_reading(self) -> None:
+        text = self._probe_text()
+        whole = self.backbone(input_ids=text, use_cache=False).last_hidden_state[0]
+        no_cache = UserError(
+            f"{self._name} does not decode with a cache of keys and values (a state-space layer?): such an "
+            "architecture is not supported"
+        )
         try:
-            state, _ = self.start(Prompts(tokens, torch.ones_like(tokens, dtype=torch.bool)), new_tokens=0)
-            written = sum(layer.length == 2 for layer in state.cache.layers)
-        except (AttributeError, TypeError, ValueError):  # what hybrid models say to a layer that keeps no state
-            written = 0
-        if written < self.config.num_hidden_layers - (getattr(self.config, "num_kv_shared_layers", None) or 0):
+            layers, first, second = self._decode_probe(text[0])
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:  # what hybrid models say to such layers
+            if out_of_memory(error):
+                raise
+            raise no_cache from error
+        if layers < self.layers - (getattr(self.text_config, "num_kv_shared_layers", None) or 0):
+            raise no_cache
+        padded = text.repeat(2, 1)
+        padded[1] = padded[1].roll(-2)  # its first two tokens at the end; what stands before them is not read
+        mask = torch.ones_like(padded, dtype=torch.bool)
+        mask[1, :-2] = False
+        read = self.forward_hidden(self.backbone, padded, mask)
+        if not (self._same(read[0], whole) and self._same(read[1, -2:], whole[:2])):
             raise UserError(
-                f"{type(self._plain).__name__} does not decode with a cache of keys and values (a state-space layer?): "
-                "such an architecture is not supported"
+                f"{self._name} reads a text otherwise with padding on its left or with more text behind it (positions "
+                "counted from the first column, or attention to later tokens: is_decoder in its config.json?): such an "
+                "architecture is not supported"
             )
+        if not (self._same(first, whole[[1, 0]]) and self._same(second, whole[[2, 1]])):
+            raise no_cache
+
+    def _decode_probe(self, text: Tensor) -> tuple[int, Tensor, Tensor]:
+        """Read two tokens and, beside them, one with padding; then one more of each. Returns the number of layers that
+        have kept them all, and the hidden states [2, H] that predict the new tokens and the ones after these."""
+        tokens = torch.stack([text[:2], text[[1, 0]]])
+        mask = torch.tensor([[True, True], [False, True]], device=text.device)
+        state, first = self.start(Prompts(tokens, mask), new_tokens=1)
+        second = self.step(state, text[[2, 1]])
+        return sum(layer.length == 3 for layer in state.cache.layers), first, second
+
+
+def text_backbone(model: nn.Module) -> nn.Module:
+    """The transformer below a model's output layer; that of the text, where it sees and hears too."""
+    if model.config.get_text_config() is not model.config:
+        return model.get_decoder()
+    if model.base_model is not model:
+        return model.base_model
+    embedding = model.get_input_embeddings()  # Llama 4 does not name its transformer as it says it does
+    return next(child for child in model.children() if any(module is embedding for module in child.modules()))
 
 
 def _sequence(prompts: Prompts, responses: Responses) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from elastic_lightning.errors import UserError
-from elastic_lightning.policies.adapters import add_lora
+from elastic_lightning.policies.adapters import add_lora, merge
 from elastic_lightning.policies.config_file import check_sizes
 from elastic_lightning.policies.loading import from_architecture, from_path, load_adapter
 from elastic_lightning.policies.saving import ADAPTER_WEIGHTS
@@ -68,8 +68,9 @@ def trained_classifier(source: ModelSource) -> PreTrainedModel:
         UserError: it cannot be loaded, or has no trained head.
     """
     if is_adapter(source.path):
-        model = load_adapter(source, AutoModelForSequenceClassification, new_head=True, **adapter_labels(source.path))
-        model = model.merge_and_unload()
+        labels = adapter_labels(source.path, source.trust_remote_code)
+        model = load_adapter(source, AutoModelForSequenceClassification, new_head=True, **labels)
+        model = merge(model)
     else:
         model = from_path(AutoModelForSequenceClassification, source)
     return model.eval().requires_grad_(False)
@@ -80,14 +81,14 @@ def pad_like(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
 
     The head of a decoder scores the last token that is not its config's `pad_token_id`, with which batches are padded.
     """
-    rows = model.get_input_embeddings().num_embeddings
+    rows = model.get_input_embeddings().weight.shape[0]
     model.config.pad_token_id = rows if shares_pad(tokenizer) else tokenizer.pad_token_id
     model.get_input_embeddings().register_forward_pre_hook(hide_foreign_tokens)
 
 
 def hide_foreign_tokens(embedding: nn.Embedding, args: tuple[Tensor]) -> tuple[Tensor]:
     """A pad token that the tokenizer was given after training has no embedding; masked positions may hold anything."""
-    return (args[0].where(args[0] < embedding.num_embeddings, 0),)
+    return (args[0].where(args[0] < embedding.weight.shape[0], 0),)
 
 
 def is_adapter(path: str) -> bool:
@@ -95,7 +96,7 @@ def is_adapter(path: str) -> bool:
     return (Path(path) / "adapter_config.json").exists()
 
 
-def adapter_labels(path: str) -> dict[str, Any]:
+def adapter_labels(path: str, trust_remote_code: bool = False) -> dict[str, Any]:
     """What an adapter's classifier has other than its base model: names of labels as `save_model` keeps them in the
     folder's own config, else their number, the rows of the head that was trained beside the adapter.
 
@@ -104,7 +105,7 @@ def adapter_labels(path: str) -> dict[str, Any]:
     """
     if (Path(path) / "config.json").is_file():
         check_sizes(path)
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         return {name: getattr(config, name) for name in ("id2label", "label2id")}
     try:
         with safe_open(str(Path(path) / ADAPTER_WEIGHTS), "pt") as weights:

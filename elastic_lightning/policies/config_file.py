@@ -17,8 +17,8 @@ from elastic_lightning.errors import UserError
 from elastic_lightning.policies.reading import hub_offline
 from elastic_lightning.policies.sources import ModelSource
 
-BUILT = re.compile(r"(layers?|blocks?|experts)$")  # fields that count what is built one by one: n_layer, num_experts
-MOST = {"layers": 10_000, "labels": 1_000_000}  # where nothing else says how many there can be
+BUILT = re.compile(r"(layers?|blocks?)$")  # fields that count what is built one by one, as n_layer
+MOST = {"layers": 10_000, "labels": 1_000_000, "experts": 100_000}  # where nothing else says how many there can be
 SPARE = 1_000  # more than the weights have tensors: fields of parts that are not there, layers that share their weights
 
 
@@ -36,6 +36,8 @@ def check_counts(config: dict[str, Any], where: str, most: int = MOST["layers"],
     """The same of fields that were read; `most` is how many layers or experts there can be, for this reason."""
     for name, value in _fields(config):
         limit = MOST["labels"] if name == "num_labels" else most if BUILT.search(name) else None
+        if name.endswith("experts"):  # all of them are rows of few tensors, or of none where a model has other layers
+            limit = MOST["experts"]
         for count in value if isinstance(value, list) else [value]:
             if limit is not None and isinstance(count, int) and count > limit:
                 raise UserError(f"{where} says {name}: {count}, but {reason or f'there can be {limit} at most'}")

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActivation
 
 from elastic_lightning.errors import UserError
-from elastic_lightning.policies.adapters import adapter_base, add_lora
+from elastic_lightning.policies.adapters import adapter_base, add_lora, check_targets
 from elastic_lightning.policies.auto import AutoLanguageModel
 from elastic_lightning.policies.causal import CausalLM
 from elastic_lightning.policies.config_file import attention_of, check_counts, check_sizes
@@ -117,9 +117,17 @@ def load_tokenizer(path: str, gguf_file: str | None = None, trust_remote_code: b
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: nn.Module, name: str) -> None:
-    """Raise a `UserError` where the tokenizer has tokens that the model has no embedding for, beside a pad token."""
+    """Raise a `UserError` where the tokenizer has tokens that the model has no embedding for, beside a pad token, or
+    two ids for the end of a text."""
+    if getattr(tokenizer, "separate_vocabs", False):  # one id has to end what is read and what is written
+        end = tokenizer.target_encoder.get(tokenizer.eos_token)
+        if end != tokenizer.eos_token_id:
+            raise UserError(
+                f"the two vocabularies of the tokenizer {name} number {tokenizer.eos_token} differently "
+                f"({tokenizer.eos_token_id} and {end}): such a tokenizer is not supported"
+            )
     ids = [index for token, index in tokenizer.get_vocab().items() if token != tokenizer.pad_token]
-    rows = model.get_input_embeddings().num_embeddings
+    rows = model.get_input_embeddings().weight.shape[0]
     if max(ids, default=0) >= rows:
         raise UserError(
             f"the tokenizer {name} has tokens up to number {max(ids)}, and the model's vocabulary holds {rows}: give "
@@ -226,7 +234,8 @@ def load_adapter(
     """A folder that holds an adapter, on the base model that it names, or another; `options` are for the base.
 
     Raises:
-        UserError: the base model is not named or cannot be loaded, or the adapter does not fit it.
+        UserError: the base model is not named or cannot be loaded, or the adapter does not fit it, or changes tied
+            embeddings.
     """
     from peft import PeftModel
 
@@ -235,8 +244,10 @@ def load_adapter(
     fields = {name: getattr(source, name) for name in ("dtype", "attention", "trust_remote_code")}
     model = from_path(auto_class, ModelSource(base, **fields), **options)
     try:
-        return PeftModel.from_pretrained(model, source.path, is_trainable=True)
+        model = PeftModel.from_pretrained(model, source.path, is_trainable=True)
     except Exception as error:  # see `readable`
         raise UserError(
             f"the adapter in {source.path} does not fit its base model {base}: {reason_of(error)}"
         ) from error
+    check_targets(model)
+    return model

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from elastic_lightning.errors import UserError
-from elastic_lightning.policies.adapters import adapter_base
+from elastic_lightning.policies.adapters import adapter_base, merge
 from elastic_lightning.policies.classifier import adapter_labels, is_adapter
 from elastic_lightning.policies.config_file import check_sizes
 from elastic_lightning.policies.loading import load_adapter, load_tokenizer
@@ -41,7 +41,8 @@ def merge_adapter(
         trust_remote_code: run the python code that comes with the model; off unless asked.
 
     Raises:
-        UserError: there is no adapter, its base does not load or fit, or `output` holds files.
+        UserError: there is no adapter, its base does not load or fit, it changes tied embeddings, or `output` holds
+            files.
     """
     folder, output = Path(folder), Path(output)
     if not is_adapter(str(folder)):
@@ -51,11 +52,12 @@ def merge_adapter(
     base = base or adapter_base(str(folder))
     own = (folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(str(folder) if own else base, trust_remote_code=trust_remote_code)
-    source = ModelSource(str(folder), dtype=dtype or stored_dtype(base), trust_remote_code=trust_remote_code)
+    dtype = dtype or stored_dtype(base, trust_remote_code)
+    source = ModelSource(str(folder), dtype=dtype, trust_remote_code=trust_remote_code)
     model = _load(source, base)
     fresh = output.with_name(output.name + ".writing")
     shutil.rmtree(fresh, ignore_errors=True)
-    save_model(model.merge_and_unload(), tokenizer, fresh)
+    save_model(merge(model), tokenizer, fresh)
     for file in folder.iterdir():
         of_peft = file.name.startswith("adapter_") or file.name == CARD
         if file.is_file() and not of_peft and not (fresh / file.name).exists():
@@ -65,12 +67,12 @@ def merge_adapter(
     os.replace(fresh, output)
 
 
-def stored_dtype(path: str) -> Dtype:
+def stored_dtype(path: str, trust_remote_code: bool = False) -> Dtype:
     """The type of a model's weights where it lies, float32 where its config does not say."""
     local = not Path(path).exists() and hub_offline()
     try:
         check_sizes(path)
-        dtype = AutoConfig.from_pretrained(path, local_files_only=local).dtype
+        dtype = AutoConfig.from_pretrained(path, local_files_only=local, trust_remote_code=trust_remote_code).dtype
     except Exception:  # of any kind, see `readable`
         return "float32"  # loading the model will say what is wrong
     return str(dtype or torch.float32).removeprefix("torch.")
@@ -80,4 +82,5 @@ def _load(source: ModelSource, base: str) -> nn.Module:
     settings = json.loads((Path(source.path) / "adapter_config.json").read_text(encoding="utf-8"))
     if settings.get("task_type") != "SEQ_CLS":
         return load_adapter(source, base=base)
-    return load_adapter(source, AutoModelForSequenceClassification, base, new_head=True, **adapter_labels(source.path))
+    labels = adapter_labels(source.path, source.trust_remote_code)
+    return load_adapter(source, AutoModelForSequenceClassification, base, new_head=True, **labels)

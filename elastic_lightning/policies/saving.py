@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from elastic_lightning.errors import UserError
+from elastic_lightning.policies.adapters import merge
 from elastic_lightning.policies.sums import write_sums
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -35,7 +36,7 @@ def save_model(
     Path(folder).mkdir(parents=True, exist_ok=True)
     if hasattr(model, "merge_and_unload") and adapter == "merged":
         # On a copy: merging and unmerging in place would leave rounding behind in the model being trained.
-        model = copy.deepcopy(model).merge_and_unload()
+        model = merge(copy.deepcopy(model))
     tokenizer = for_plain_use(tokenizer, model)
     with _padding_known(model, tokenizer):
         model.save_pretrained(folder)
@@ -48,7 +49,7 @@ def save_model(
 def for_plain_use(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> PreTrainedTokenizerBase:
     """A copy that pads as `model` wants it: with a token that has an embedding, at the left where texts go on."""
     tokenizer = copy.deepcopy(tokenizer)
-    rows = model.get_input_embeddings().num_embeddings
+    rows = model.get_input_embeddings().weight.shape[0]
     outside = tokenizer.pad_token_id
     if outside is None or outside >= rows:
         inside = (token for token, index in tokenizer.get_vocab().items() if index < rows)

@@ -16,8 +16,9 @@ from elastic_lightning.functional import TokenStatistics
 from elastic_lightning.policies.batches import Prompts, Responses, right_padded
 from elastic_lightning.policies.cache import PreallocatedLayer
 from elastic_lightning.policies.encoding import encode_source
-from elastic_lightning.policies.language_model import PolicyLM
+from elastic_lightning.policies.language_model import PolicyLM, context_length
 from elastic_lightning.policies.layers import checkpointed
+from elastic_lightning.policies.reading import usable
 from elastic_lightning.policies.text import Texts, decode_apart
 
 
@@ -69,7 +70,8 @@ class Seq2SeqLM(PolicyLM):
 
     Raises:
         UserError: the model changes its logits after the output layer in a way of its own, has no token to start its
-            decoder with, or decodes step by step to something else than all at once.
+            decoder with, reads a prompt otherwise beside padding, or decodes step by step to something else than all at
+            once.
     """
 
     separator = "\t"
@@ -77,7 +79,8 @@ class Seq2SeqLM(PolicyLM):
     def __init__(self, model: nn.Module, gradient_checkpointing: bool = False) -> None:
         super().__init__(model, gradient_checkpointing)
         self.start_token = decoder_start_token(self._plain)
-        self._check_cache()
+        with usable(self._name):
+            self.check_reading()
 
     @property
     def backbone(self) -> EncoderDecoder:
@@ -117,6 +120,9 @@ class Seq2SeqLM(PolicyLM):
 
     def start(self, prompts: Prompts, new_tokens: int) -> tuple[Decoding, Tensor]:
         source, mask = right_padded(prompts)
+        context = self.longest_text
+        if context is not None and max(source.shape[1], 1 + new_tokens) > context:
+            self.check_context(int(mask.sum(dim=1).max()), 1 + new_tokens)
         layers = [PreallocatedLayer(1 + new_tokens) for _ in _layers(self.backbone.decoder)]
         cache = EncoderDecoderCache(Cache(layers=layers), DynamicCache())
         state = Decoding(self.backbone.read(source, mask), mask, cache)
@@ -150,37 +156,64 @@ class Seq2SeqLM(PolicyLM):
     ) -> Texts:
         return decode_apart(tokenizer, prompts, responses, self.ends(tokenizer), special_tokens)
 
+    @property
+    def longest_source(self) -> int | None:
+        """Longest prompt in tokens that the encoder has positions for, or None where the config does not say."""
+        return getattr(self.config, "max_encoder_position_embeddings", None) or context_length(self.model)
+
+    @property
+    def longest_target(self) -> int | None:
+        """Longest response in tokens, likewise. Experts of Switch read only so many tokens of a text, and all of them
+        where it is written token by token."""
+        positions = getattr(self.config, "max_decoder_position_embeddings", None) or context_length(self.model)
+        return _shortest(positions, getattr(self.config, "expert_capacity", None))
+
+    @property
+    def longest_text(self) -> int | None:
+        return _shortest(self.longest_source, self.longest_target)
+
     def check_context(self, prompt_tokens: int, new_tokens: int) -> None:
-        context = self.longest_text
-        advice = {
-            f"prompts of {prompt_tokens} tokens": (prompt_tokens, "shorten the prompts (data's max_prompt_tokens)"),
-            f"responses of {new_tokens} tokens": (new_tokens, "lower max_new_tokens"),
-        }
-        for what, (length, how) in advice.items():
+        shorten = "shorten the prompts (data's max_prompt_tokens)"
+        for what, length, context, how in (
+            ("prompts", prompt_tokens, self.longest_source, shorten),
+            ("responses", new_tokens, self.longest_target, "lower max_new_tokens"),
+        ):
             if context is not None and length > context:
-                raise UserError(f"{what} do not fit the model, whose context is {context} for each of the two: {how}")
+                raise UserError(
+                    f"{what} of {length} tokens do not fit the model, whose context is {context} for them: {how}"
+                )
 
     # Checks -----------------------------------------------------------------------------------------------------
 
-    def _two_tokens(self) -> tuple[Tensor, Tensor]:
-        tokens = torch.tensor([[0, 1]], device=next(self.model.parameters()).device)
-        hidden = self.forward_hidden(self.backbone, tokens, torch.ones_like(tokens, dtype=torch.bool), tokens)
-        return hidden, self._plain(input_ids=tokens, decoder_input_ids=tokens, use_cache=False).logits
+    def _read_probe(self) -> tuple[Tensor, Tensor]:
+        text = self._probe_text()
+        hidden = self.forward_hidden(self.backbone, text, torch.ones_like(text, dtype=torch.bool), text)
+        return hidden, self._plain(input_ids=text, decoder_input_ids=text, use_cache=False).logits
 
     @torch.no_grad()
-    def _check_cache(self) -> None:
-        """Tokens written one by one, a pad token among them, have the hidden states that they have all at once."""
-        written = [self.config.pad_token_id or 0, 1, 0]
-        tokens = torch.tensor([written], device=next(self.model.parameters()).device)
-        prompts = Prompts(tokens, torch.ones_like(tokens, dtype=torch.bool))
-        whole = self.response_hidden(prompts, Responses(*prompts))
-        state, first = self.start(prompts, new_tokens=2)
-        one_by_one = torch.stack([first, *(self.step(state, tokens[:, column]) for column in range(2))], dim=1)
-        tolerance = 1e-3 if whole.dtype == torch.float32 else 5e-2
-        if not (one_by_one - whole).norm() <= tolerance * whole.norm():
+    def check_reading(self) -> None:
+        """As `PolicyLM.check_reading`; a pad token is among those that are written."""
+        text = self._probe_text()
+        long, short = (Prompts(part, torch.ones_like(part, dtype=torch.bool)) for part in (text, text[:, :2]))
+        both = Prompts(text.repeat(2, 1), long.mask.repeat(2, 1))
+        both.tokens[1, -2:] = short.tokens
+        both.mask[1, :-2] = False
+        written = torch.cat([torch.full_like(text[:, :1], self.config.pad_token_id or 0), text[:, :2]], dim=1)
+        whole, alone = (
+            self.response_hidden(prompts, Responses(rows := written.repeat(len(prompts.tokens), 1), rows >= 0))
+            for prompts in (both, short)
+        )
+        if not self._same(whole[1:], alone):
             raise UserError(
-                f"{type(self._plain).__name__} reads a response token by token otherwise than as a whole (no cache of "
-                "keys and values, or positions that skip pad tokens): such an architecture is not supported"
+                f"{self._name} reads a prompt otherwise beside padding than alone: such an architecture is not "
+                "supported"
+            )
+        state, first = self.start(both, new_tokens=2)
+        one_by_one = [first, *(self.step(state, written[0, column].repeat(2)) for column in range(2))]
+        if not self._same(torch.stack(one_by_one, dim=1), whole):
+            raise UserError(
+                f"{self._name} reads a response token by token otherwise than as a whole (no cache of keys and values, "
+                "or positions that skip pad tokens): such an architecture is not supported"
             )
 
 
@@ -201,3 +234,8 @@ def decoder_start_token(model: nn.Module) -> int:
 def _layers(transformer: nn.Module) -> nn.ModuleList:
     """The layers of an encoder or a decoder."""
     return next(child for child in transformer.children() if isinstance(child, nn.ModuleList))
+
+
+def _shortest(*lengths: int | None) -> int | None:
+    """The smallest of the lengths that are known."""
+    return min((length for length in lengths if length is not None), default=None)

@@ -44,7 +44,8 @@ class SharedClassifier(nn.Module):
         self.path = source.path
         settings, weights = _read(self.path)
         self.base = adapter_base(self.path)
-        self.config = _config(self.base, source.trust_remote_code, **adapter_labels(self.path))
+        trusted = source.trust_remote_code
+        self.config = _config(self.base, trusted, **adapter_labels(self.path, trusted))
         self.config.pad_token_id = self.config.vocab_size  # of no text; what is padding is said by the mask
         self.head = nn.Parameter(weights.pop(HEAD), requires_grad=False)  # [labels, H]
         names = sorted({name.rpartition(".lora_")[0] for name in weights})

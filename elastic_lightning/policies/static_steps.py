@@ -41,7 +41,7 @@ class StaticLayer(PreallocatedLayer):
 
 def static_cache(lm: CausalLM, capacity: int, column: Tensor) -> Cache:
     """A cache of `StaticLayer`s for a model."""
-    return Cache(layers=[StaticLayer(capacity, column) for _ in range(lm.config.num_hidden_layers)])
+    return Cache(layers=[StaticLayer(capacity, column) for _ in range(lm.layers)])
 
 
 def read_prompts(lm: CausalLM, prompts: Prompts, cache: Cache) -> Tensor:

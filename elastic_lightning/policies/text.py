@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from os.path import commonprefix
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,11 +64,24 @@ def decode_apart(
     if special_tokens:
         frame = Frame.of(tokenizer)
         sources = [frame.inside(row) for row in sources]
-    prompt_texts, response_texts = (
-        tokenizer.batch_decode(rows, skip_special_tokens=not special_tokens)
-        for rows in (sources, _rows(*responses, ends))
-    )
+    prompt_texts = _decode_side(tokenizer, sources, "source", special_tokens)
+    response_texts = _decode_side(tokenizer, _rows(*responses, ends), "target", special_tokens)
     return Texts(prompt_texts, response_texts, ended(responses, ends).tolist())
+
+
+def _decode_side(
+    tokenizer: PreTrainedTokenizerBase, rows: list[list[int]], side: Literal["source", "target"], special_tokens: bool
+) -> list[str]:
+    """Texts of what an encoder reads or a decoder writes. Where Marian has a vocabulary for each it decodes by that of
+    the target alone, and by the special ids of the source."""
+    if not getattr(tokenizer, "separate_vocabs", False):
+        return tokenizer.batch_decode(rows, skip_special_tokens=not special_tokens)
+    vocabulary = tokenizer.encoder if side == "source" else tokenizer.target_encoder
+    pieces = {index: piece for piece, index in vocabulary.items()}
+    left_out = set() if special_tokens else set(tokenizer.all_special_tokens)
+    decode = (tokenizer.spm_source if side == "source" else tokenizer.spm_target).decode_pieces
+    words = ([pieces.get(index, tokenizer.unk_token) for index in row] for row in rows)
+    return [decode([piece for piece in row if piece not in left_out]) for row in words]
 
 
 def ended(responses: Responses, eos_token_id: Ends) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from elastic_lightning.algorithms import AdamWConfig, LabelledTexts, LanguageModel, RewardModel
 from elastic_lightning.algorithms.schedules import schedule_factor
@@ -145,6 +145,21 @@ def test_padding_changes_no_logit(toy, architecture):
         padded = module._logits(batch)
         alone = torch.cat([module.model(tokens[mask][None]).logits for tokens, mask, _ in zip(*batch, strict=True)])
     torch.testing.assert_close(padded, alone, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_decoder_without_a_pad_token_scores_batches(word_tokenizer, tmp_path):
+    """Transformers' classifiers look for the last token that is no padding, and know of none here."""
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=32, vocab_size=30)).save_pretrained(tmp_path)
+    word_tokenizer(eos_token="<eos>").save_pretrained(tmp_path)
+    module = RewardModel(ModelSource(str(tmp_path)))
+    module.model.score.weight.normal_()
+    batch = labelled(rows=6, padding=3)
+    module.save_pretrained(tmp_path / "saved")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+    alone = torch.cat([plain(tokens[mask][None]).logits for tokens, mask, _ in zip(*batch, strict=True)])
+    torch.testing.assert_close(module.eval()._logits(batch), alone, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", [GPT2, BERT], ids=["gpt2", "bert"])

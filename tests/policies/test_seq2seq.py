@@ -193,9 +193,10 @@ def test_models_that_change_their_logits_are_refused(model):
         Seq2SeqLM(model)
 
 
-def test_positions_that_depend_on_pad_tokens_are_refused(bart_folder):
-    """M2M-100's positions skip pad tokens, which a policy may draw."""
-    fields = AutoConfig.from_pretrained(bart_folder).to_dict() | {"model_type": "m2m_100"}
+@pytest.mark.parametrize("pad", [0, 1])
+def test_positions_that_depend_on_pad_tokens_are_refused(bart_folder, pad):
+    """M2M-100's positions skip pad tokens, which a policy may draw; NLLB's pad token is 1."""
+    fields = AutoConfig.from_pretrained(bart_folder).to_dict() | {"model_type": "m2m_100", "pad_token_id": pad}
     with pytest.raises(UserError, match="skip pad tokens"):
         Seq2SeqLM(AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(**fields)).eval())
 
