@@ -30,3 +30,11 @@ def check_seed(name: str, seed: int | None) -> None:
     """Raise a `UserError` for a seed that not every generator takes; None is none."""
     if seed is not None and not 0 <= seed <= LARGEST_SEED:
         raise UserError(f"{name} must be from 0 to {LARGEST_SEED}, got {seed}")
+
+
+def check_text(name: str, text: str) -> None:
+    """Raise a `UserError` for text of a command line that was given in another encoding."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name} {text[:50]!a} is not UTF-8: set the terminal's encoding, or use a file") from error

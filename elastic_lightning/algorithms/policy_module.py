@@ -20,6 +20,7 @@ from elastic_lightning.algorithms.policy_metrics import PolicyMetrics
 from elastic_lightning.algorithms.policy_weights import PolicyWeights
 from elastic_lightning.algorithms.precision import warn_of_emulation, warn_of_lost_updates
 from elastic_lightning.algorithms.strategies import check_strategy
+from elastic_lightning.checks import check_seed
 from elastic_lightning.errors import NotFinite, UserError
 from elastic_lightning.policies import (
     ActorCritic,
@@ -83,6 +84,7 @@ class PolicyModule(PolicyWeights):
         seed: int | None,
     ) -> None:
         super().__init__()
+        check_seed("model's seed", seed)
         loaded = load_source(policy)
         execution.check(policy, loaded.unmerged_adapter)
         disable_dropout(loaded.model)

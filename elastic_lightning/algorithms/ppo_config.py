@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from elastic_lightning.algorithms.hyperparameters import check_adam
 from elastic_lightning.algorithms.schedules import Schedule
+from elastic_lightning.checks import check_counts
 from elastic_lightning.errors import UserError
 from elastic_lightning.functional import AdaptiveKL, FixedKL
 
@@ -87,14 +88,16 @@ class PPOConfig:
     max_skipped: int = 5
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "mini_batches"):
-            if getattr(self, name) < 1:
-                raise UserError(f"ppo.{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("micro_batch_size", "value_clip", "reward_clip", "target_kl", "max_grad_norm"):
+        for name, value in vars(self).items():
+            if isinstance(value, float) and math.isnan(value):
+                raise UserError(f"ppo.{name} must be a number, got {value}")
+        check_counts("ppo.", vars(self), "epochs", "mini_batches", "micro_batch_size", "kl_horizon")
+        check_counts("ppo.", vars(self), "warmup", "max_skipped", least=0)
+        for name in ("value_clip", "reward_clip", "target_kl", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"ppo.{name} must be above 0 (or null), got {value}")
-        for name in ("clip", "kl_target", "kl_horizon"):
+        for name in ("clip", "kl_target"):
             if not getattr(self, name) > 0:
                 raise UserError(f"ppo.{name} must be above 0, got {getattr(self, name)}")
         check_adam("ppo", self.learning_rate, self.adam_betas, self.weight_decay, self.adam_eps)
@@ -107,9 +110,12 @@ class PPOConfig:
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"ppo.{name} must be in [0, 1], got {getattr(self, name)}")
-        for name in ("kl_coefficient", "max_skipped"):
-            if getattr(self, name) < 0:
+        for name in ("kl_coefficient", "value_coefficient"):
+            if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"ppo.{name} must be 0 or more, got {getattr(self, name)}")
+        for name in ("entropy_coefficient", "missing_eos_penalty", "reward_baseline"):  # what is below 0 has a meaning
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"ppo.{name} must be finite, got {getattr(self, name)}")
 
     def kl_controller(self) -> FixedKL | AdaptiveKL:
         """The controller that `kl_penalty` names."""

@@ -27,6 +27,7 @@ from elastic_lightning.algorithms.kept_weights import (
 from elastic_lightning.algorithms.memory import keep_memory_of_fit
 from elastic_lightning.algorithms.precision import warn_of_emulation, warn_of_lost_updates
 from elastic_lightning.algorithms.schedules import Schedule, check_end, schedule_factor
+from elastic_lightning.checks import check_counts
 from elastic_lightning.errors import NotFinite, UserError
 from elastic_lightning.policies.language_model import context_length
 from elastic_lightning.ranks import mean_of_ranks
@@ -57,8 +58,7 @@ class AdamWConfig:
         check_adam("optimizer", self.learning_rate, self.betas, self.weight_decay)
         if self.schedule not in get_args(Schedule):
             raise UserError(f"optimizer.schedule must be one of {get_args(Schedule)}, got {self.schedule!r}")
-        if self.max_skipped < 0:
-            raise UserError(f"optimizer.max_skipped must be 0 or more, got {self.max_skipped}")
+        check_counts("optimizer.", vars(self), "warmup", "max_skipped", least=0)
 
 
 def can_fuse(trainer: Trainer, device: torch.device) -> bool:

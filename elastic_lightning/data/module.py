@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from elastic_lightning.algorithms.policy_module import PolicyModule
 from elastic_lightning.callbacks.position import Position
+from elastic_lightning.checks import check_seed
 from elastic_lightning.data.loader import ResumableLoader
 from elastic_lightning.data.sampler import EpochSampler, even_batch_size
 from elastic_lightning.errors import UserError
@@ -28,6 +29,7 @@ class TextDataModule(LightningDataModule):
 
     def __init__(self, tokenizer: str | None, seed: int) -> None:
         super().__init__()
+        check_seed("data's seed", seed)
         self.tokenizer_path, self.seed = tokenizer, seed
 
     def train_tokenizer(self, vocabulary: int) -> PreTrainedTokenizerBase:

@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from elastic_lightning.checks import check_counts
 from elastic_lightning.data.corpus import Corpus, in_languages, rows, some_of, take
 from elastic_lightning.data.loader import ResumableLoader
 from elastic_lightning.data.module import TextDataModule
@@ -73,10 +74,7 @@ class PairsDataModule(TextDataModule):
     ) -> None:
         super().__init__(tokenizer, seed)
         sizes = ("batch_size", "batch_tokens", "eval_batch_size", "max_prompt_tokens", "max_target_tokens")
-        for name in (*sizes, "long_weight", "limit_pairs", "eval_pairs"):
-            value = locals()[name]
-            if value is not None and value < 1:
-                raise UserError(f"data's {name} must be 1 or more, got {value}")
+        check_counts("data's ", locals(), *sizes, "long_words", "long_weight", "limit_pairs", "eval_pairs")
         if source == target:
             raise UserError(f"data's source and target are both {source!r}: name two languages, e.g. fr and en")
         self.source, self.target = source, target

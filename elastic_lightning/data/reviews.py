@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from elastic_lightning.algorithms import LabelledTexts
+from elastic_lightning.checks import check_counts
 from elastic_lightning.data.module import TextDataModule
 from elastic_lightning.data.tokenizers import train_bpe
 from elastic_lightning.errors import UserError
@@ -19,6 +20,8 @@ from elastic_lightning.policies.special_tokens import encode_open, encode_whole
 
 LONG_WORD = 20  # mean characters of a text's words above which they are no words
 Stage = Literal["language_model", "reward_model", "prompts"]
+SIZES = ("batch_size", "eval_batch_size", "block_size", "max_tokens", "max_prompt_tokens", "eval_prompts", "eval_texts")
+SIZES += ("limit_texts",)
 
 
 class Reviews(NamedTuple):
@@ -71,9 +74,7 @@ class ReviewsDataModule(TextDataModule):
         seed: int = 42,
     ) -> None:
         super().__init__(tokenizer, seed)
-        for name in ("batch_size", "eval_batch_size", "block_size", "max_tokens", "max_prompt_tokens", "eval_prompts"):
-            if locals()[name] < 1:
-                raise UserError(f"data's {name} must be 1 or more, got {locals()[name]}")
+        check_counts("data's ", locals(), *SIZES)
         if not 0 < prompt_fraction < 1:
             raise UserError(f"data's prompt_fraction must be between 0 and 1, got {prompt_fraction}")
         self.task, self.batch_size, self.eval_batch_size = task, batch_size, eval_batch_size

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from elastic_lightning.checks import check_counts
 from elastic_lightning.data.dialogue import AsRewardsRead, ChatTemplate, Dialogue, QuestionAnswer
 from elastic_lightning.data.module import TextDataModule
 from elastic_lightning.data.preferences import Preference, encode_pairs, preference_batch
@@ -101,10 +102,8 @@ class StackExchangeDataModule(TextDataModule):
         """
         super().__init__(tokenizer, seed)
         sizes = ("batch_size", "eval_batch_size", "block_size", "max_tokens", "max_prompt_tokens", "per_question")
-        for name in (*sizes, "limit_questions", "eval_questions", "eval_prompts", "eval_texts"):
-            value = locals()[name]
-            if value is not None and value < 1:
-                raise UserError(f"data's {name} must be 1 or more, got {value}")
+        sizes += ("limit_questions", "eval_questions", "eval_prompts", "eval_texts")
+        check_counts("data's ", locals(), *sizes)
         part = part or PART_OF_TASK.get(task)
         for name, choices in CHOICES.items():
             if locals()[name] not in choices:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
+from elastic_lightning.checks import check_counts
 from elastic_lightning.data.reviews import Reviews, ReviewsDataModule, Stage
 from elastic_lightning.data.toy_grammar import review_grammar, toy_tokenizer
 
@@ -57,6 +58,7 @@ class ToyReviewsDataModule(ReviewsDataModule):
             None,
             seed,
         )
+        check_counts("data's ", locals(), "train_texts")
         self.train_texts = train_texts
 
     def load(self) -> dict[str, Reviews]:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from elastic_lightning.checks import check_counts
 from elastic_lightning.data.corpus import Corpus, in_languages, without
 from elastic_lightning.data.game import FRENCH, GERMAN, GameDataModule
 from elastic_lightning.data.pairs import ENGLISH, PairsDataModule
@@ -25,6 +26,7 @@ class ToyTranslationDataModule(PairsDataModule):
             options: see `PairsDataModule`.
         """
         super().__init__(**options)
+        check_counts("data's ", locals(), "train_pairs")
         self.topic, self.train_pairs = topic, train_pairs
 
     def load(self) -> dict[str, Corpus]:
@@ -46,6 +48,7 @@ class ToyTranslationGameDataModule(GameDataModule):
             options: see `GameDataModule`.
         """
         super().__init__(**options)
+        check_counts("data's ", locals(), "train_pairs")
         self.train_pairs = train_pairs
 
     def load(self) -> dict[str, Corpus]:

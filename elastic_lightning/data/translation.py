@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from elastic_lightning.checks import check_counts
 from elastic_lightning.data.corpus import Corpus, cleaned, cut_out, in_languages, rows, with_words, without
 from elastic_lightning.data.game import FRENCH, GAME_LANGUAGES, GERMAN, GameDataModule
 from elastic_lightning.data.pairs import ENGLISH, PairsDataModule
@@ -34,6 +35,7 @@ class Corpora:
     min_words: int = 1
 
     def __post_init__(self) -> None:
+        check_counts("data's corpora.", vars(self), "min_words", least=0)
         if self.test is not None and self.validation is None:
             raise UserError("data's corpora have a `test` and no `validation`: give both, or none to hold both out")
 

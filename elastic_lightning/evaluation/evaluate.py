@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedTokenizerBase
 
 from elastic_lightning.bounded_yaml import bound_command_lines
+from elastic_lightning.checks import check_counts, check_seed, check_text
 from elastic_lightning.data.questions import Shares
 from elastic_lightning.errors import UserError
 from elastic_lightning.evaluation.completion import PolicyCompleter
@@ -68,7 +69,7 @@ class TextOptions:
 
     def __post_init__(self) -> None:
         check_windows(self.length, self.stride)
-        _check_batch_size("texts", self.batch_size)
+        check_counts("texts.", vars(self), "length", "limit", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,9 @@ class QuestionOptions:
     batch_size: int = 16
 
     def __post_init__(self) -> None:
-        _check_batch_size("questions", self.batch_size)
+        check_counts("questions.", vars(self), "limit", "max_prompt_tokens", "batch_size")
+        check_seed("questions.seed", self.seed)
+        check_text("questions.template", self.template)
 
 
 def evaluate(
@@ -287,11 +290,6 @@ def make_parser():
     )
     parser.add_argument("--force", action="store_true", help=f"replace {FILE} of another model, or of somebody else")
     return parser
-
-
-def _check_batch_size(part: str, size: int) -> None:
-    if size < 1:
-        raise UserError(f"{part}.batch_size must be 1 or more, got {size}")
 
 
 def _folder(model: str, output: str | Path | None) -> Path:

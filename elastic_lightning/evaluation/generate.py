@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from elastic_lightning.checks import check_counts, check_seed, check_text
 from elastic_lightning.data.parallel import read_lines
 from elastic_lightning.errors import UserError
 from elastic_lightning.evaluation.arguments import Parser
@@ -28,6 +29,9 @@ from elastic_lightning.policies import (
 )
 from elastic_lightning.policies.checkpoints import read_checkpoint
 from elastic_lightning.terminal import json_line, plain
+
+MOST_BYTES = 2**28  # of a file of prompts: all are in memory, and a pipe or a device may have no end
+MOST_RESPONSES = 10**6  # of one call: they are in memory too
 
 
 def generate(
@@ -78,8 +82,12 @@ def main(argv: list[str]) -> int:
     _check(arguments)
     if not arguments.prompt and not arguments.prompts_file:
         raise UserError("no prompts: give --prompt TEXT (as often as you like) or --prompts_file FILE, one a line")
-    file = arguments.prompts_file
-    prompts = arguments.prompt + ([line for line in read_lines(Path(file)) if line.strip()] if file else [])
+    prompts = arguments.prompt + (_lines(Path(arguments.prompts_file)) if arguments.prompts_file else [])
+    if len(prompts) * arguments.samples > MOST_RESPONSES:
+        raise UserError(
+            f"{len(prompts)} prompts with {arguments.samples} responses each are more than {MOST_RESPONSES} responses: "
+            "lower --samples, or ask in parts"
+        )
     sampling = Sampling(
         arguments.max_new_tokens, arguments.min_new_tokens, arguments.temperature, arguments.top_k, arguments.top_p
     )
@@ -94,6 +102,11 @@ def main(argv: list[str]) -> int:
         for row in rows:
             print(plain(row["prompt"] + policy.lm.separator + row["response"], keep="\n\t"))
     return 0
+
+
+def _lines(file: Path) -> list[str]:
+    """The prompts of a file, one a line that is not empty."""
+    return [line for line in read_lines(file, MOST_BYTES) if line.strip()]
 
 
 def load(path: str, trust_remote_code: bool = False) -> tuple[ActorCritic, PreTrainedTokenizerBase]:
@@ -133,9 +146,11 @@ def _load_trained(policy: ActorCritic, state: dict[str, torch.Tensor], path: str
 
 def _check(arguments: argparse.Namespace) -> None:
     """What can be known to be wrong before a model is loaded."""
-    for name in ("samples", "batch_size"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} must be 1 or more, got {getattr(arguments, name)}")
+    check_counts("--", vars(arguments), "samples", "batch_size", "max_new_tokens")
+    check_counts("--", vars(arguments), "min_new_tokens", "top_k", least=0)
+    check_seed("--seed", arguments.seed)
+    for prompt in arguments.prompt:
+        check_text("--prompt", prompt)
     if not arguments.output:
         return
     output = Path(arguments.output)

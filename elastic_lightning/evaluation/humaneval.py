@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from elastic_lightning.checks import check_counts, check_seed
 from elastic_lightning.errors import UserError
 from elastic_lightning.evaluation.completion import PolicyCompleter
 from elastic_lightning.evaluation.sandbox import Limits, Outcome, check_sandbox, run_program
@@ -75,6 +76,12 @@ class HumanEvalOptions:
     def __post_init__(self) -> None:
         if self.samples < 1 or self.batch_size < 1:
             raise UserError(f"samples and batch_size must be 1 or more, got {self.samples} and {self.batch_size}")
+        check_counts("humaneval.", vars(self), "samples", "batch_size", "max_new_tokens", "problems", "workers")
+        check_seed("humaneval.seed", self.seed)
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"humaneval.temperature must be 0 or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"humaneval.top_p must be above 0 and at most 1, got {self.top_p}")
         if self.temperature == 0 and self.samples > 1:
             raise UserError("temperature 0 is greedy, and draws the same completion each time: set samples to 1")
 

@@ -43,8 +43,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if not value > 0:
-                raise UserError(f"limits.{name} must be above 0, got {value}")
+            most = 2**62 if name.endswith("_bytes") else 10**6  # what the system's calls can be told
+            if not 0 < value <= most:
+                raise UserError(f"limits.{name} must be above 0 and at most {most}, got {value}")
 
 
 class Outcome(NamedTuple):

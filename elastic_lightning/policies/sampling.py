@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from elastic_lightning.checks import check_counts
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies.actor_critic import ActorCritic, scale
 from elastic_lightning.policies.batches import Prompts, Responses
@@ -48,14 +50,14 @@ class Sampling:
     eos: bool = True
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"sampling.max_new_tokens must be 1 or more, got {self.max_new_tokens}")
+        check_counts("sampling.", vars(self), "max_new_tokens")
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
             raise UserError(f"sampling.min_new_tokens must be in [0, max_new_tokens], got {self.min_new_tokens}")
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise UserError(f"sampling.temperature must be above 0, got {self.temperature} (for greedy set top_k: 1)")
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             raise UserError(f"sampling needs top_k >= 0 and 0 < top_p <= 1, got {self.top_k} and {self.top_p}")
+        check_counts("sampling.", vars(self), "top_k", least=0)
         if self.random_length is not None:
             self._check_lengths(*self.random_length)
 
