@@ -15,7 +15,8 @@ from elastic_lightning.checks import check_seed
 from elastic_lightning.data.loader import ResumableLoader
 from elastic_lightning.data.sampler import EpochSampler, even_batch_size
 from elastic_lightning.errors import UserError
-from elastic_lightning.policies import load_tokenizer
+from elastic_lightning.policies import PairedTexts, PolicyLM, load_tokenizer
+from elastic_lightning.policies.encoding import EncodedPairs, encode_target, eos_token_id, paired
 from elastic_lightning.policies.special_tokens import encode_open
 
 
@@ -47,10 +48,36 @@ class TextDataModule(LightningDataModule):
     def encode_prompts(self, texts: Sequence[str], longest: int | None = None) -> list[list[int]]:
         """Token ids of texts as the policy that will be asked reads them, by default a causal one; a text of more than
         `longest` tokens loses its beginning."""
+        lm = self.policy
+        return (encode_open if lm is None else lm.encode_rows)(self.tokenizer, texts, longest)
+
+    @property
+    def policy(self) -> PolicyLM | None:
+        """The policy that is trained or measured; None for other modules, and outside a trainer."""
         module = None if self.trainer is None else self.trainer.lightning_module
-        if isinstance(module, PolicyModule):
-            return module.actor.lm.encode_rows(self.tokenizer, texts, longest)
-        return encode_open(self.tokenizer, texts, longest)
+        return module.actor.lm if isinstance(module, PolicyModule) else None
+
+    def human_pairs(
+        self, pairs: Sequence[tuple[str, str]], batch_size: int, longest: int, longest_answer: int
+    ) -> DataLoader:
+        """Human text for the perplexity of an encoder-decoder, as `PairedTexts`: what a human wrote after each prompt.
+
+        Args:
+            pairs: prompts and what was written after them.
+            batch_size: pairs a batch.
+            longest: tokens of a prompt; longer ones lose their beginning.
+            longest_answer: tokens of the other side; longer ones lose their end.
+        """
+        context = self.policy.longest_text
+        most = longest_answer if context is None else min(longest_answer, context)
+        pad_token, eos = self.tokenizer.pad_token_id, eos_token_id(self.tokenizer)
+
+        def collate(rows: list[tuple[str, str]]) -> PairedTexts:
+            prompts, answers = zip(*rows, strict=True)
+            written = [ids[:most] for ids in encode_target(self.tokenizer, answers)]
+            return paired(EncodedPairs(self.encode_prompts(prompts, longest), written), pad_token, eos)
+
+        return self.dataloader(pairs, batch_size, False, collate)
 
     @property
     def process(self) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from elastic_lightning.checks import check_counts
 from elastic_lightning.data.module import TextDataModule
 from elastic_lightning.data.tokenizers import train_bpe
 from elastic_lightning.errors import UserError
-from elastic_lightning.policies import Prompts, pad
+from elastic_lightning.policies import Prompts, Seq2SeqLM, pad
 from elastic_lightning.policies.special_tokens import encode_open, encode_whole
 
 LONG_WORD = 20  # mean characters of a text's words above which they are no words
@@ -39,7 +39,8 @@ class ReviewsDataModule(TextDataModule):
         reward_model: `LabelledTexts`, texts with the special tokens around them, whose beginning is cut to max_tokens;
         prompts: `Prompts`, the first half of a review's words (of its tokens, where words are not written apart),
             left-truncated and left-padded. Validation adds batches of packed human text [B, block_size], on which the
-            policy's perplexity is measured.
+            policy's perplexity is measured; for an encoder-decoder `PairedTexts` of prompts and the rest of each text,
+            of which the first block_size tokens count.
 
     What the tokenizer puts before a text stands before each text and each prompt.
 
@@ -132,11 +133,16 @@ class ReviewsDataModule(TextDataModule):
     def _evaluation(self, split: str) -> DataLoader | list[DataLoader]:
         if self.task != "prompts":
             return self._loader(split, self.eval_batch_size)
-        blocks = self.packed(split, self.eval_texts)
-        return [
-            self._loader(split, self.eval_batch_size, limit=self.eval_prompts),
-            self.dataloader(blocks, self.eval_batch_size, shuffle=False, collate=torch.stack),
-        ]
+        return [self._loader(split, self.eval_batch_size, limit=self.eval_prompts), self._human_text(split)]
+
+    def _human_text(self, split: str) -> DataLoader:
+        """What a policy's perplexity is measured on."""
+        if not isinstance(self.policy, Seq2SeqLM):
+            return self.dataloader(self.packed(split, self.eval_texts), self.eval_batch_size, False, torch.stack)
+        texts = self.splits[split].texts[: self.eval_texts]
+        halves = [first_part(self.tokenizer, text, self.prompt_fraction) for text in texts]
+        pairs = [(half, text[len(half) :].strip()) for half, text in zip(halves, texts, strict=True)]
+        return self.human_pairs(pairs, self.eval_batch_size, self.max_prompt_tokens, self.block_size)
 
     def _loader(self, split: str, batch_size: int, shuffle: bool = False, limit: int | None = None) -> DataLoader:
         if self.task == "language_model":

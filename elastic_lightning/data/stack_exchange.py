@@ -20,7 +20,7 @@ from elastic_lightning.data.questions import Question, Shares
 from elastic_lightning.data.reviews import pack
 from elastic_lightning.data.tokenizers import train_bpe
 from elastic_lightning.errors import UserError
-from elastic_lightning.policies import PreferenceBatch, Prompts, pad
+from elastic_lightning.policies import PreferenceBatch, Prompts, Seq2SeqLM, pad
 from elastic_lightning.policies.special_tokens import Frame
 
 PART_OF_TASK = {"supervised": "supervised", "pairs": "reward", "prompts": "rl"}
@@ -45,7 +45,8 @@ class StackExchangeDataModule(TextDataModule):
         supervised: tokens [B, block_size], texts packed end to end with eos between them; all tokens are targets;
         pairs: `PreferenceBatch`;
         prompts: `Prompts`, questions of max_prompt_tokens or fewer, left-padded. Validation adds batches of packed
-            human text [B, block_size], on which the policy's perplexity is measured.
+            human text [B, block_size], on which the policy's perplexity is measured; for an encoder-decoder
+            `PairedTexts` of questions and the first block_size tokens of answers.
     """
 
     def __init__(
@@ -200,8 +201,15 @@ class StackExchangeDataModule(TextDataModule):
         loader = self._evaluation_loader(split)
         if self.task != "prompts":
             return loader
-        blocks = self.packed(split, self.eval_texts)
-        return [loader, self.dataloader(blocks, self.eval_batch_size, shuffle=False, collate=torch.stack)]
+        return [loader, self._human_text(split)]
+
+    def _human_text(self, split: str) -> DataLoader:
+        """What a policy's perplexity is measured on."""
+        if not isinstance(self.policy, Seq2SeqLM):
+            return self.dataloader(self.packed(split, self.eval_texts), self.eval_batch_size, False, torch.stack)
+        answered = ((q.text, answer) for q in self.splits[split] for answer in q.answers[: self.per_question])
+        pairs = [(self.dialogue.prompt(asked), answer) for asked, answer in answered][: self.eval_texts]
+        return self.human_pairs(pairs, self.eval_batch_size, self.max_prompt_tokens, self.block_size)
 
     def _evaluation_loader(self, split: str) -> DataLoader:
         rows = self._task_rows(split)[: self.eval_prompts if self.task == "prompts" else None]
