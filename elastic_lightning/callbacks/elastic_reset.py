@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from elastic_lightning.callbacks.weight_members import are_of
+from elastic_lightning.callbacks.weight_members import are_of, weights_of
 from elastic_lightning.callbacks.weight_sets import UpdateOn, WeightSets
+from elastic_lightning.callbacks.weight_store import part
+from elastic_lightning.errors import UserError
 from elastic_lightning.functional import copy_
+from elastic_lightning.policies.checkpoints import read_checkpoint
 from elastic_lightning.ranks import alike
 
 
@@ -122,8 +126,7 @@ class EMAOnly(WeightSets):
     With `validate` it is the average that is measured: by validation in a fit, and by validate, test and predict of the
     Trainer or the command line. Where these load a checkpoint it is the average of that checkpoint: the best file of
     a ModelCheckpoint measures what was monitored. A checkpoint's ``state_dict``, and ``load_from_checkpoint``, have the
-    weights that training goes on from; after ``trainer.validate(module, ckpt_path=...)`` its average is in the module
-    inside ``with callback.average_weights():``.
+    weights that training goes on from; `EMAOnly.load_average` puts its average into a module.
 
     Args:
         decay: of the average.
@@ -157,6 +160,24 @@ class EMAOnly(WeightSets):
                 "EMAOnly: validation measures the average, which the files of a ModelCheckpoint with save_weights_only "
                 "do not hold"
             )
+
+    @staticmethod
+    def load_average(pl_module: LightningModule, checkpoint: str | Path) -> None:
+        """Put the average that this callback left in a checkpoint into a module, in place of its weights.
+
+        Raises:
+            UserError: the file holds none, or one of another model.
+        """
+        states = read_checkpoint(checkpoint).get("callbacks", {})
+        averages = [state["ema"] for key, state in states.items() if key.split("{")[0] == "EMAOnly" and "ema" in state]
+        if not averages:
+            raise UserError(f"{checkpoint} holds no average of EMAOnly")
+        own = weights_of(pl_module) | dict(pl_module.named_buffers())
+        for average in averages:
+            try:
+                copy_(part(own, own.keys() & average.keys()), average)
+            except ValueError as error:
+                raise UserError(f"the average in {checkpoint} is of another model: {error}") from error
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap(trainer, pl_module)
@@ -213,6 +234,7 @@ class EMAOnly(WeightSets):
         elif trainer.state.fn != "fit" and trainer.ckpt_path:
             rank_zero_warn(f"EMAOnly: {trainer.ckpt_path} holds no average: its weights are measured as they are")
             return
+        self.store.reshard()
         if are_of(pl_module, self.online.values()):
             _settle_all(trainer)
             self._swapped = self.average_weights()

@@ -55,6 +55,7 @@ class WeightKeeper(Callback):
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up what a checkpoint said, go on where the last fit of this module ended, or start anew."""
+        self.store.reshard(pl_module)
         state = self._loaded.take(pl_module)
         if state or not self._goes_on(pl_module):
             self.clear()

@@ -43,7 +43,7 @@ class Members:
             UserError: a pattern matches nothing, or nothing is trainable.
         """
         self._buffers = _float_buffers(pl_module) if self.buffers else {}
-        named = _named(pl_module)
+        named = weights_of(pl_module)
         self._check_patterns([*named, *self._buffers])
         chosen = {name: tensor for name, tensor in named.items() if tensor.requires_grad and self._matches(name)}
         if not chosen:
@@ -111,7 +111,8 @@ def are_of(pl_module: LightningModule, weights: Iterable[Tensor]) -> bool:
     return bool(weights) and own.issuperset(weights)
 
 
-def _named(pl_module: LightningModule) -> Weights:
+def weights_of(pl_module: LightningModule) -> Weights:
+    """The weights of a module by the names that callbacks know them by, trainable or not."""
     shadowed = getattr(pl_module, "shadowed_parameters", None)
     return shadowed() if shadowed is not None else dict(pl_module.named_parameters())
 

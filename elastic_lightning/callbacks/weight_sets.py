@@ -202,6 +202,7 @@ class WeightSets(WeightKeeper):
         self.before_reset(trainer, pl_module)
         _tell(trainer, pl_module, "on_before_reset")
         self.online.update(self._members.buffers_now())
+        self.store.reshard()
         before = self.store.depth()
         with self._stopwatch.running(self.store.device):
             self.reset()

@@ -37,6 +37,7 @@ class WeightStore:
         self.initial: Weights = {}
         self.copies: Weights = {}
         self.reference: Weights = {}
+        self._sharded: list[torch.nn.Module] = []
         self._held: Weights = {}  # all of the module's reference
         self._fixed = True
         self._offloaded: OffloadedAverage | None = None
@@ -45,6 +46,17 @@ class WeightStore:
     def device(self) -> torch.device:
         """Where the module is."""
         return next(iter(self.online.values())).device
+
+    def reshard(self, module: torch.nn.Module | None = None) -> None:
+        """Have FSDP2 let go of weights that it has gathered, in this module or the last one that was given.
+
+        After a forward pass without a backward one it goes on with gathered copies: changes of the shards, which are
+        what an optimizer and these sets hold, would not be seen, and a module would show the copies as its parameters.
+        """
+        if module is not None:
+            self._sharded = [m for m in module.modules() if hasattr(m, "unshard") and hasattr(m, "reshard")]
+        for sharded in self._sharded:
+            sharded.reshard()
 
     def clear(self) -> None:
         """Forget everything."""
@@ -121,11 +133,13 @@ class WeightStore:
     def average_weights(self) -> Iterator[None]:
         """Within this context the online weights are the average; they come back whatever happens inside."""
         self.settle()
+        self.reshard()
         saved = clone(self.online)
         copy_(self.online, self.ema)
         try:
             yield
         finally:
+            self.reshard()
             copy_(self.online, saved)
 
     def depth(self) -> float | None:

@@ -10,6 +10,7 @@ from plain_loop import DECAY, loop
 
 from elastic_lightning import ElasticReset
 from elastic_lightning.callbacks import EMAOnly
+from elastic_lightning.errors import UserError
 
 
 class Monitored(Callback):
@@ -86,6 +87,9 @@ def test_what_was_monitored_is_measured_again(lab, tmp_path, offload):
         assert measure(trainer, module, held_out, ckpt_path=path) == expected
         fresh = lab.trainer(tmp_path, [make(offload=offload)])
         assert measure(fresh, build(lab), held_out, ckpt_path=path) == expected
+        loaded = build(lab)
+        EMAOnly.load_average(loaded, path)
+        assert [loaded.loss(batch).item() for batch in held_out] == pytest.approx([average[epoch]], rel=1e-5)
     measured = trainer.validate(module, held_out, ckpt_path=best, verbose=False)[0]["val/loss"]
     assert measured == pytest.approx(min(monitored), rel=1e-5)
 
@@ -111,6 +115,8 @@ def test_a_file_without_an_average_is_measured_as_it_is(lab, tmp_path):
     with pytest.warns(UserWarning, match=r"epoch=0\.ckpt holds no average"):
         measured = measure(trainer, module, held_out, ckpt_path=path)
     assert measured == pytest.approx([online[0]] * 3, rel=1e-5)
+    with pytest.raises(UserError, match="holds no average"):
+        EMAOnly.load_average(module, path)
 
 
 def test_a_fit_goes_on_from_what_was_measured(lab, tmp_path):

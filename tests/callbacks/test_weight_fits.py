@@ -1,5 +1,10 @@
 """One callback over several fits: of one module, which goes on, and of others, which begin."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from lightning import Callback
@@ -187,3 +192,17 @@ def test_a_reference_that_begins_to_move_leaves_theta_0(lab, tmp_path):
     assert any(not torch.equal(reference[name], value) for name, value in start.items())
     assert all(torch.equal(callback.initial[name], value) for name, value in start.items())
     assert callback.resets == 1  # to an average that began at theta_0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_fits_on_two_ranks_are_one(lab, tmp_path, kind):
+    here, output = Path(__file__).parent, tmp_path / "found.pt"
+    paths = {"PYTHONPATH": os.pathsep.join([str(here), str(here.parents[1])]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(here / "two_fits_on_two_ranks.py"), kind, str(output)]
+    run = subprocess.run(command, env=os.environ | paths, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    found, batches = torch.load(output), lab.batches(6)
+    online, ema, initial = loop(lab.plain(SGD), batches * 2, 4)
+    for name, expected in (("online", online), ("ema", ema), ("initial", initial)):
+        assert_same(found[name], expected)

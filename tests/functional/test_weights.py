@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from elastic_lightning.functional import copy_, distance, float32_copy, lerp_, slerp
+from elastic_lightning.functional.weights import bit_sums
 
 
 def weights(seed=0, dtype=torch.float32):
@@ -138,6 +139,15 @@ def test_float32_copy_shares_nothing():
     assert parameters["weight"].any()
     assert not copied["weight"].requires_grad
     assert float32_copy({"w": torch.ones(1, dtype=torch.bfloat16)})["w"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64, torch.complex128])
+def test_bit_sums_change_with_a_single_number(dtype):
+    weights = {"w": torch.linspace(-1, 1, 12).to(dtype).view(3, 4).t(), "none": torch.zeros(0, dtype=dtype)}
+    before = bit_sums(weights)
+    assert before == bit_sums({name: tensor.clone() for name, tensor in weights.items()}) and before["none"] == 0
+    weights["w"][1, 2] *= 1 + torch.finfo(dtype).eps
+    assert bit_sums(weights)["w"] != before["w"]
 
 
 CALLS = {
