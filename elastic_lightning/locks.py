@@ -60,7 +60,7 @@ def wait_until_free(folder: Path, patience: float = 0.0) -> None:
         UserError: it is held still, and by whom.
     """
     deadline = time.monotonic() + patience
-    while True:
+    while fcntl is not None:
         try:
             lock = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError:  # nobody ever held it, or it cannot be told

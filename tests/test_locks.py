@@ -1,5 +1,6 @@
 """A folder has one writer, and processes end with the one that started them."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import pytest
 from ended import gone
 
+from elastic_lightning import locks
 from elastic_lightning.errors import UserError
 from elastic_lightning.locks import LOCK, locked, wait_until_free
 
@@ -65,6 +67,20 @@ def test_a_lock_leaves_nothing_and_takes_nothing_away(tmp_path):
     with pytest.raises(UserError, match="cannot write"), locked(tmp_path / "linked", "me"):
         pytest.fail("a link is not followed")
     assert (folder / "kept").read_text() == ""
+
+
+def test_where_there_are_no_locks_work_goes_on(tmp_path, monkeypatch, capsys):
+    def unsupported(*arguments):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(locks.fcntl, "flock", unsupported)
+    with locked(tmp_path, "me"), locked(tmp_path, "me too"):
+        (tmp_path / "made").touch()
+    assert "no locks (No locks available): nobody is kept" in capsys.readouterr().out
+    monkeypatch.setattr(locks, "fcntl", None)  # as on Windows
+    with locked(tmp_path, "me"), locked(tmp_path, "me too"):
+        wait_until_free(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -32,7 +32,7 @@ from elastic_lightning.terminal import PlainConsole, cell
 
 PROGRAM = (sys.executable, "-m", "elastic_lightning.cli")
 PATIENCE = 60.0  # seconds from SIGTERM to SIGKILL: a fit ends its batch and saves
-LAST_WORDS = 5.0  # seconds in which the run of a pipeline that was killed ends with it
+LAST_WORDS = 10.0  # seconds in which the run of a pipeline that was killed ends with it
 
 
 # ---- one run --------------------------------------------------------------------------------------------------------

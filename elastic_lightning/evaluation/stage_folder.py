@@ -16,10 +16,10 @@ from elastic_lightning.evaluation.progress import LOG
 from elastic_lightning.evaluation.records import RECORD, read_json
 from elastic_lightning.evaluation.stages import Run
 from elastic_lightning.locks import LOCK
-from elastic_lightning.outputs import RUN_FILES, move_aside, write_whole
+from elastic_lightning.outputs import RUN_FILES, UNSAVED, move_aside, write_whole
 
 MARKER = ".pipeline"  # lies in every folder that a pipeline made, and says what was to be made there beside what
-BEGUN = ("events.out.tfevents.*", "config.yaml", "hparams.yaml", "samples.jsonl", "*.writing", LOG, LOCK)
+BEGUN = ("events.out.tfevents.*", "config.yaml", "hparams.yaml", "samples.jsonl", "*.writing", LOG, LOCK, UNSAVED)
 RESULTS = (*RUN_FILES, "test.json", "predictions*.jsonl", "samples_*.jsonl", "evaluation.json", "humaneval.jsonl")
 
 

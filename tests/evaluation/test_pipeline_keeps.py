@@ -116,7 +116,7 @@ def test_a_stage_that_was_stopped_before_it_saved_begins_again_in_its_place(worl
     folder = world / "out/one/seed_1"
     assert run(world, stages)[0] == 1
     (folder / "made").unlink()
-    for name in ("events.out.tfevents.1", "config.yaml", "notes.txt", "batch.writing", LOCK):
+    for name in ("events.out.tfevents.1", "config.yaml", "notes.txt", "batch.writing", ".unsaved", LOCK):
         (folder / name).touch()
     (folder / "checkpoints").mkdir()
     assert run(world)[0] == 1

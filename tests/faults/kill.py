@@ -1,12 +1,13 @@
 """Kill runs at random moments, resume them to the end, and compare them with the run that nobody killed, bit for bit.
 
-    python tests/faults/kill.py --runs 20
+    python tests/faults/kill.py --runs 20 --pipelines 20
 
 Every run is the command line in a process of its own (forked from one that has imported the libraries and nothing
 else): PPO with Elastic Reset on the toy world, saving every batch. It ends by SIGKILL, sometimes twice, at moments that
 the seed decides: after a batch drawn at random, and a time drawn at random after that. Compared are all of the last
 checkpoint (weights, average, optimizer, counters, KL coefficient, learning rate), the exported folders, the samples and
-every logged scalar, times and throughputs apart.
+every logged scalar, times and throughputs apart. Pipelines (killed_pipelines.py) are killed and started again in the
+same way.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -27,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "configs/toy/elastic_reset.yaml"
 EPOCHS, BATCHES = 2, 5  # of a run; resets after batches 3, 6 and 9, validations after 2 and 4 of each epoch
 POLICY = {"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 96}
 CLASSIFIER = {"model_type": "bert", "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16}
@@ -34,7 +37,12 @@ CLASSIFIER |= {"intermediate_size": 32, "max_position_embeddings": 128}
 CALLBACKS = """[{class_path: ElasticReset, init_args: {every: 3, decay: 0.9}}, {class_path: SampleLogger},
 {class_path: SavePretrained, init_args: {monitor: val/reward}}, {class_path: BatchCheckpoint, init_args: {every: 1}}]"""
 PROCESSES = multiprocessing.get_context("forkserver")  # a run's process begins with everything imported, and no more
-PRELOADED = ["elastic_lightning.lightning_cli", "torch.utils.tensorboard", "transformers.generation"]
+PRELOADED = [
+    "elastic_lightning.lightning_cli",
+    "elastic_lightning.evaluation.pipeline",
+    "torch.utils.tensorboard",
+    "transformers.generation",
+]
 PRELOADED += [f"transformers.models.{kind}.modeling_{kind}" for kind in ("gpt2", "bert")]
 POLL = 0.002  # seconds between two looks at a run's folder
 START_LIMIT = 600.0  # seconds until a run must have begun
@@ -77,12 +85,11 @@ def build_world(folder: Path) -> None:
     tokenizer.save_pretrained(folder / "reward")
 
 
-def arguments_of(world: Path, run: Path, resume: bool) -> list[str]:
-    """What stands behind `elastic-lightning`."""
+def settings_of(policy: str, reward: str) -> list[str]:
+    """Flags of a run from these models, but for where it lies."""
     return [
-        *("fit", f"--config={ROOT}/configs/toy/elastic_reset.yaml"),
-        f"--model.init_args.policy.path={world}/policy",
-        f"--model.init_args.reward.init_args.path={world}/reward",
+        f"--model.init_args.policy.path={policy}",
+        f"--model.init_args.reward.init_args.path={reward}",
         "--model.init_args.sampling.max_new_tokens=8",
         "--model.init_args.ppo.kl_penalty=adaptive",
         "--model.init_args.ppo.schedule=linear",
@@ -92,9 +99,16 @@ def arguments_of(world: Path, run: Path, resume: bool) -> list[str]:
         *(f"--trainer.max_epochs={EPOCHS}", f"--trainer.limit_train_batches={BATCHES}"),
         "--trainer.val_check_interval=2",
         f"--trainer.callbacks={' '.join(CALLBACKS.split())}",
+        "--trainer.enable_model_summary=false",
+    ]
+
+
+def arguments_of(world: Path, run: Path, resume: bool) -> list[str]:
+    """What stands behind `elastic-lightning`."""
+    return [
+        *("fit", f"--config={CONFIG}", *settings_of(f"{world}/policy", f"{world}/reward")),
         f"--trainer.logger.init_args.save_dir={run.parent}",
         *("--trainer.logger.init_args.name=", f"--trainer.logger.init_args.version={run.name}"),
-        "--trainer.enable_model_summary=false",
         *(["--ckpt_path=last"] if resume else []),
     ]
 
@@ -232,47 +246,62 @@ def count(run: Path) -> str:
     return f"{tensors(state(run))} tensors of the last checkpoint and {values} logged scalars"
 
 
+def in_parallel(jobs: int, work: Callable[[int], Any], runs: int) -> Iterator[Any]:
+    """What `work` makes of the numbers 1 to `runs`, in their order, so many at a time."""
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(work, range(1, runs + 1))
+
+
+def report(runs: int, seed: int, jobs: int, folder: Path) -> int:
+    """Kill and resume `runs` runs and print a line each; how many went wrong."""
+    whole, began = folder / "whole", time.monotonic()
+    process = start(folder, whole, resume=False)
+    while saved_batch(whole) < 1 and process.is_alive():
+        time.sleep(POLL)
+    first = time.monotonic()
+    finish(process, whole)
+    seconds = (time.monotonic() - first) / (EPOCHS * BATCHES - 1)
+    if any(len(values) > 1 for steps in scalars(whole).values() for values in steps.values()):
+        sys.exit("the unbroken run logged a step twice")
+    print(f"comparing {count(whole)}; an unbroken batch takes {seconds:.2f} s", flush=True)
+    print(f"{'run':>4}  {'killed after batch':<20}{'batches repeated':<18}{'seconds':>8}  result", flush=True)
+    failed = 0
+    for done in in_parallel(jobs, lambda number: trial(number, seed, folder, whole, seconds), runs):
+        saved = ", ".join(str(stop.saved) for stop in done.kills)
+        repeats = ", ".join(str(stop.logged - stop.saved) for stop in done.kills)
+        verdict = "identical" if not done.differences else f"{len(done.differences)} DIFFER"
+        print(f"{done.number:>4}  {saved:<20}{repeats:<18}{done.seconds:>8.1f}  {verdict}", flush=True)
+        for name in done.differences[:10]:
+            print(f"      {name}", flush=True)
+        failed += bool(done.differences)
+    print(f"{runs - failed} of {runs} identical, {time.monotonic() - began:.0f} s in all", flush=True)
+    return failed
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=20, help="runs to kill and resume")
+    parser.add_argument("--pipelines", type=int, default=0, help="pipelines to kill and start again")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    arguments = parser.parse_args()
+    given = parser.parse_args()
     quiet = "ignore:resource_tracker:UserWarning"  # of the locks that killed processes could not give back
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": quiet}
     PROCESSES.set_forkserver_preload(PRELOADED)
-    began = time.monotonic()
+    failed = 0
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        builder = PROCESSES.Process(target=build_world, args=(folder,))
+        builder = PROCESSES.Process(target=build_world, args=(Path(place),))
         builder.start()
         builder.join()
-        whole = folder / "whole"
-        process = start(folder, whole, resume=False)
-        while saved_batch(whole) < 1 and process.is_alive():
-            time.sleep(POLL)
-        first = time.monotonic()
-        finish(process, whole)
-        seconds = (time.monotonic() - first) / (EPOCHS * BATCHES - 1)
-        repeated = [steps for steps in scalars(whole).values() if any(len(values) > 1 for values in steps.values())]
-        if repeated:
-            sys.exit("the unbroken run logged a step twice")
-        print(f"comparing {count(whole)}; an unbroken batch takes {seconds:.2f} s", flush=True)
-        print(f"{'run':>4}  {'killed after batch':<20}{'batches repeated':<18}{'seconds':>8}  result", flush=True)
-        failed = 0
-        with ThreadPoolExecutor(arguments.jobs) as pool:
-            numbers = range(1, arguments.runs + 1)
-            for done in pool.map(lambda n: trial(n, arguments.seed, folder, whole, seconds), numbers):
-                saved = ", ".join(str(stop.saved) for stop in done.kills)
-                repeats = ", ".join(str(stop.logged - stop.saved) for stop in done.kills)
-                verdict = "identical" if not done.differences else f"{len(done.differences)} DIFFER"
-                print(f"{done.number:>4}  {saved:<20}{repeats:<18}{done.seconds:>8.1f}  {verdict}", flush=True)
-                for name in done.differences[:10]:
-                    print(f"      {name}", flush=True)
-                failed += bool(done.differences)
-    print(f"{arguments.runs - failed} of {arguments.runs} identical, {time.monotonic() - began:.0f} s in all")
+        if given.runs:
+            failed += report(given.runs, given.seed, given.jobs, Path(place))
+        if given.pipelines:
+            import killed_pipelines
+
+            failed += killed_pipelines.report(given.pipelines, given.seed, given.jobs, Path(place))
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
+    sys.modules["kill"] = sys.modules["__main__"]  # as which killed_pipelines knows this file
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Runs killed at random are, once resumed, the runs that nobody killed."""
+"""Runs and pipelines killed at random are, once they go on, those that nobody killed."""
 
 import subprocess
 import sys
@@ -11,11 +11,10 @@ SCRIPT = Path(__file__).parent / "kill.py"
 
 @pytest.mark.slow
 def test_killed_and_resumed_runs_are_the_unbroken_run():
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--runs=3", "--seed=1"], capture_output=True, text=True, timeout=1500
-    )
+    command = [sys.executable, SCRIPT, "--runs=3", "--pipelines=3", "--seed=1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert "3 of 3 identical" in done.stdout
+    assert "3 of 3 identical" in done.stdout and "3 of 3 pipelines identical" in done.stdout
 
 
 def test_what_is_not_the_same_is_named(monkeypatch):

@@ -52,6 +52,12 @@ CONFIGS = {
     "not YAML": row(lambda w: w.config("model: [1, 2\ndata: {"), "config.yaml"),
     "not UTF-8": row(lambda w: w.config(b"model:\n  caf\xe9: 1\n"), "config.yaml", "UTF-8"),
     "no mapping": row(lambda w: w.config("- 1\n- 2\n"), "config.yaml"),
+    "nothing but comments": row(lambda w: w.config("# lr: 1\n"), "config.yaml", "comments"),
+    "an empty file for evaluate": row(
+        lambda w: ["evaluate", f"--model={w.toy}/policy", f"--config={w.file('empty.yaml', '')}"],
+        "empty.yaml",
+        "leave it out",
+    ),
     "a key given twice": row(
         lambda w: w.config("trainer:\n  max_epochs: 1\n  max_epochs: 2\n"), "config.yaml", "'max_epochs'", "twice"
     ),
