@@ -21,7 +21,8 @@ from rich.text import Text
 
 # C0, DEL and C1; line separators and what turns the direction of writing; halves of characters, which no file can hold.
 CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-DRAWING = r"\x1b\[[0-9;?]*[A-HJKfhlm]"  # colours, the cursor and erasing: what progress bars are made of
+DRAWING = r"\x1b\[[0-9;?]*[A-HJKfhlm]"  # colours, the cursor and erasing: what rich's progress bars are made of
+LINE_UP = r"\x1b\[A"  # and all that those of tqdm need, on stderr
 SPELLED = {"±": "+-", "…": "..."}  # what our own tables and notes hold that ASCII lacks
 GONE = (errno.EPIPE, errno.EIO)  # nobody reads any more: `| head` has ended, or the terminal is closed
 
@@ -55,15 +56,22 @@ class PlainConsole(Console):
 
 class Screen(io.TextIOWrapper):
     """A standard stream that takes any text in any encoding, lets pass of control sequences what draws alone, and goes
-    on in silence when its reader has gone: hours of training are not to end with a `| head`."""
+    on in silence when its reader has gone: hours of training are not to end with a `| head`.
 
-    def __init__(self, descriptor: int, encoding: str, at_once: bool) -> None:
+    Args:
+        descriptor: of the open file.
+        encoding: of what is written.
+        at_once: write every piece as it comes.
+        drawing: a pattern of the sequences that pass.
+    """
+
+    def __init__(self, descriptor: int, encoding: str, at_once: bool, drawing: str = DRAWING) -> None:
         raw = _Lasting(descriptor, "w", closefd=False)
         super().__init__(io.BufferedWriter(raw), encoding=encoding, errors="spelled", line_buffering=raw.isatty())
-        self.at_once = at_once
+        self.at_once, self.pattern = at_once, re.compile(f"{drawing}|{CONTROL}")
 
     def write(self, text: str) -> int:
-        safe = re.sub(f"{DRAWING}|{CONTROL}", lambda found: _unless_drawing(found[0]), text)
+        safe = self.pattern.sub(lambda found: _unless_drawing(found[0]), text)
         super().write(safe)
         if self.at_once:
             self.flush()
@@ -78,11 +86,12 @@ def use_any_output() -> None:
             os.fstat(descriptor)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest number that is free
-    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+    for name, descriptor, drawing in (("stdout", 1, DRAWING), ("stderr", 2, LINE_UP)):
         now = getattr(sys, name)
         if now is getattr(sys, f"__{name}__"):  # else somebody reads what is printed, as notebooks and tests do
             encoding = getattr(now, "encoding", None) or "utf-8"
-            setattr(sys, name, Screen(descriptor, encoding, descriptor == 2 or getattr(now, "write_through", False)))
+            at_once = descriptor == 2 or getattr(now, "write_through", False)
+            setattr(sys, name, Screen(descriptor, encoding, at_once, drawing))
 
 
 class _Lasting(io.FileIO):

@@ -95,6 +95,13 @@ def test_a_screen_takes_any_text_and_only_draws(text, encoding, bytes_):
     assert through_screen(text, encoding) == bytes_
 
 
+def test_errors_and_warnings_draw_nothing_but_a_bar(tmp_path):
+    script = "import runpy, sys; runpy.run_path(sys.argv[1])['use_any_output'](); sys.stderr.write(sys.argv[2])"
+    command = [sys.executable, "-c", script, terminal.__file__, f"\r50%\x1b[A\n\x1b[2J\x1b[8m{CLIPBOARD}"]
+    run = subprocess.run(command, capture_output=True, check=True)
+    assert run.stderr.decode() == f"\r50%\x1b[A\n\\x1b[2J\\x1b[8m{SPELLED}"
+
+
 def test_a_reader_that_has_gone_ends_nothing_and_a_full_disk_is_said():
     near, far = os.pipe()
     os.close(near)

@@ -18,7 +18,12 @@ from elastic_lightning.policies.reading import hub_offline
 from elastic_lightning.policies.sources import ModelSource
 
 BUILT = re.compile(r"(layers?|blocks?)$")  # fields that count what is built one by one, as n_layer
-MOST = {"layers": 10_000, "labels": 1_000_000, "experts": 100_000}  # where nothing else says how many there can be
+LAYERS = 10_000  # where nothing else says how many there can be
+MOST = {  # of other fields by the ends of their names: labels and positions are made a table of
+    re.compile(r"^num_labels$"): 1_000_000,
+    re.compile(r"experts$"): 100_000,  # all of them are rows of few tensors, or of none where a model has other layers
+    re.compile(r"(position_embeddings|positions|n_ctx|seq_len)$"): 20_000_000,
+}
 SPARE = 1_000  # more than the weights have tensors: fields of parts that are not there, layers that share their weights
 
 
@@ -32,15 +37,15 @@ def check_sizes(path: str) -> None:
         check_counts(_read(path), f"{path}/config.json", tensors + SPARE, f"its weights are {tensors} tensors")
 
 
-def check_counts(config: dict[str, Any], where: str, most: int = MOST["layers"], reason: str = "") -> None:
-    """The same of fields that were read; `most` is how many layers or experts there can be, for this reason."""
+def check_counts(config: dict[str, Any], where: str, most: int = LAYERS, reason: str = "") -> None:
+    """The same of fields that were read; `most` is how many layers there can be, for this reason."""
+    kinds = {BUILT: most} | MOST
     for name, value in _fields(config):
-        limit = MOST["labels"] if name == "num_labels" else most if BUILT.search(name) else None
-        if name.endswith("experts"):  # all of them are rows of few tensors, or of none where a model has other layers
-            limit = MOST["experts"]
+        limit = next((limit for kind, limit in kinds.items() if kind.search(name)), None)
+        why = reason if reason and BUILT.search(name) else f"there can be {limit} at most"
         for count in value if isinstance(value, list) else [value]:
             if limit is not None and isinstance(count, int) and count > limit:
-                raise UserError(f"{where} says {name}: {count}, but {reason or f'there can be {limit} at most'}")
+                raise UserError(f"{where} says {name}: {count}, but {why}")
 
 
 def attention_of(source: ModelSource) -> str | None:

@@ -48,6 +48,7 @@ def fetched(monkeypatch):
         {"text_config": {"num_experts": 10**9}},
         {"encoder_layers": [2, 10**9]},
         {"num_labels": 10**9},
+        {"max_position_embeddings": 10**9},
     ],
     ids=str,
 )
