@@ -30,7 +30,7 @@ def read_splits(path: str | Path) -> dict[str, Dataset]:
     Raises:
         UserError: nothing there that can be read.
     """
-    path = Path(path).expanduser()
+    path = at_home(path)
     if not path.exists():
         raise UserError(f"data path {path} does not exist")
     if path.is_file():
@@ -50,6 +50,18 @@ def read_splits(path: str | Path) -> dict[str, Dataset]:
         found = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
         raise UserError(f"no train.jsonl(.gz), train.csv or train.parquet in {path}; it holds {found}")
     return {split: read_tables(parts) for split, parts in files.items()}
+
+
+def at_home(path: str | Path) -> Path:
+    """A path whose ``~`` stands for a home folder.
+
+    Raises:
+        UserError: nobody has that name.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: no user of that name has a home folder here") from error
 
 
 def table_files(folder: Path) -> list[Path]:
@@ -148,7 +160,7 @@ def stream_rows(name: str, folder: str, option: str = "data.init_args.path") -> 
     """
     import datasets
 
-    local = Path(name).expanduser()
+    local = at_home(name)
     if local.is_dir():
         yield from _stream_folder(local / folder)
         return

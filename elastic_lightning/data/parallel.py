@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from lightning.pytorch.utilities import rank_zero_info
 
 from elastic_lightning.data.corpus import Corpus
-from elastic_lightning.data.files import column, read_hub, read_splits
+from elastic_lightning.data.files import at_home, column, read_hub, read_splits
 from elastic_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def read_lines(file: Path, most: int | None = None) -> list[str]:
 
 
 def _read(path: str, text: ParallelText, languages: Sequence[str]) -> Corpus:
-    place = Path(path).expanduser()
+    place = at_home(path)
     if place.name.removesuffix(".gz").endswith(".tsv"):
         return _read_tsv(place, text.columns, languages)
     for stem in (place, place / text.split):

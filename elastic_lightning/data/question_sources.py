@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from elastic_lightning.data.files import is_saved, read_rows, read_saved, rows_of, stream_rows, table_files
+from elastic_lightning.data.files import at_home, is_saved, read_rows, read_saved, rows_of, stream_rows, table_files
 from elastic_lightning.data.questions import Question, Shares, collect, evaluation_half, key_of
 from elastic_lightning.errors import UserError
 
@@ -33,7 +33,7 @@ def read_questions(
     Raises:
         UserError: there is nothing to read, it is damaged, or a split stays empty.
     """
-    place = None if path is None else Path(path).expanduser()
+    place = None if path is None else at_home(path)
     limits = {"validation": held_out, "test": held_out}
     if place is None or (place / HUB_EVALUATION).is_dir():
         splits, left_out = _from_parts(hub_id if place is None else str(place), part, limit, limits)

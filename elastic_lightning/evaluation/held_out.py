@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from elastic_lightning.data.dialogue import QuestionAnswer
-from elastic_lightning.data.files import is_saved, read_saved, read_splits, read_tables, table_files, text_column
+from elastic_lightning.data.files import (
+    at_home,
+    is_saved,
+    read_saved,
+    read_splits,
+    read_tables,
+    table_files,
+    text_column,
+)
 from elastic_lightning.data.question_sources import HUB_EVALUATION
 from elastic_lightning.data.questions import Shares, evaluation_half, key_of
 from elastic_lightning.data.reviews import pack
@@ -100,7 +108,7 @@ def read_prompts(
 
 def _table(path: str | Path, shares: Shares | None) -> Dataset:
     """The rows to measure on: of a file or folder all, or where stages share them those held out for a test."""
-    place = Path(path).expanduser()
+    place = at_home(path)
     if (place / HUB_EVALUATION).is_dir():  # a local copy of the hub's data set has a part for it
         return _all_tables(place / HUB_EVALUATION)
     table = _all_tables(place) if shares is not None else _test_tables(place)

@@ -48,6 +48,13 @@ def test_a_path_is_no_pattern(folders, name):
     assert read == {f"{name} {part} {number}" for part in ("rl", "evaluation") for number in range(9)}
 
 
+def test_a_home_folder_of_nobody():
+    stages = [read_splits, lambda path: read_questions(path, "hub", "rl", Shares(), None, 10), read_prompts]
+    for read in [*stages, lambda path: read_parallel(ParallelText(path), ("fr", "en"))]:
+        with pytest.raises(UserError, match=r"^~nobody-here/data: no user of that name"):
+            read("~nobody-here/data")
+
+
 def test_a_chain_is_no_path(tmp_path):
     (tmp_path / "a::b.jsonl").write_text('{"text": "x"}\n')
     with pytest.raises(UserError, match=r"^cannot read .*a::b.jsonl: `datasets` takes '::' in a path"):
