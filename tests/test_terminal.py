@@ -192,7 +192,7 @@ def test_generated_text(tmp_path, capsys, monkeypatch):
         class lm:
             separator = "\t"
 
-    monkeypatch.setattr(generate, "load", lambda path: (Policy, None))
+    monkeypatch.setattr(generate, "load", lambda *arguments: (Policy, None))
     monkeypatch.setattr(generate, "_place", lambda policy, device: None)
     monkeypatch.setattr(generate, "generate", lambda *arguments: [row])
     assert main(["generate", "--model=m", "--prompt=a"]) == 0
