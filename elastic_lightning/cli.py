@@ -15,7 +15,7 @@ from pathlib import Path
 from elastic_lightning.errors import UsageError, UserError
 from elastic_lightning.mistakes import WHOLE, as_line
 from elastic_lightning.processes import end_with_parent
-from elastic_lightning.signals import STOPPING, Interrupted, unwinding
+from elastic_lightning.signals import RAISED_FOR, STOPPING, Interrupted, unwinding
 from elastic_lightning.terminal import plain, use_any_output
 
 OWN_COMMANDS = {  # name -> module with main(argv), what it does
@@ -50,21 +50,23 @@ def main(argv: list[str] | None = None) -> int:
         print(__version__)
         return 0
     try:
-        with unwinding(STOPPING if argv[0] in LIGHTNING_COMMANDS else (signal.SIGINT,), leave_ignored=process):
+        with unwinding(STOPPING if argv[0] in LIGHTNING_COMMANDS else (signal.SIGINT,), process):
             return _run(argv[0], argv[1:])
     except Interrupted as stop:
         return _fail(str(stop), stop.code) if str(stop) else stop.code
-    except UsageError as error:
-        return _fail(str(error), 2)
-    except UserError as error:
-        return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail("stopped by SIGINT", 130)
     except Exception as error:
+        if RAISED_FOR:  # in an import, which made another exception of it
+            return _fail(str(stop := Interrupted(RAISED_FOR[0])), stop.code)
+        if isinstance(error, UserError):
+            return _fail(str(error), 2 if isinstance(error, UsageError) else 1)
         message = as_line(error, argv)
         if message is None:
             raise
         return _fail(message, 2)
+    finally:
+        RAISED_FOR.clear()
 
 
 def _run(command: str, argv: list[str]) -> int:

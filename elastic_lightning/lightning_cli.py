@@ -47,7 +47,7 @@ from elastic_lightning.resume import (
     resume_line,
 )
 from elastic_lightning.run_folder import RunFolder, SaveConfig, begin, leave_nothing, what_is_lost
-from elastic_lightning.signals import Interrupted
+from elastic_lightning.signals import Interrupted, working
 from elastic_lightning.terminal import plain
 
 PACKAGES = (algorithms, callbacks, data, rewards)  # imported so that their classes are known by their short names
@@ -188,7 +188,8 @@ class ElasticCLI(LightningCLI):
             os.environ.update(child_environment())
             atexit.register(lambda: end_launched(launcher.procs, LAST_WORDS))
         try:
-            with self._one_writer(subcommand), foreign_errors_as_lines(lambda: self.trainer.global_step == 0):
+            lines = foreign_errors_as_lines(lambda: self.trainer.global_step == 0)
+            with working(), self._one_writer(subcommand), lines:
                 super()._run_subcommand(subcommand)
         except BaseException as error:
             if launches:  # Lightning ends the others on Ctrl-C alone

@@ -58,9 +58,8 @@ def begin(folder: Path, force: bool, saves: bool) -> list[str]:
         UserError: a run is there.
     """
     notes = []
-    if ended_unsaved(folder):
-        names = ", ".join(clear_unsaved(folder))
-        notes.append(f"note: {folder} held a run that ended before its first checkpoint: removed {names}")
+    if ended_unsaved(folder) and (names := clear_unsaved(folder)):
+        notes.append(f"note: {folder} held a run that ended before its first checkpoint: removed {', '.join(names)}")
     taken = named(folder, RUN_FILES)
     if taken and force:
         notes.append(f"note: what was in {folder} is in {move_aside(folder, taken)} now")

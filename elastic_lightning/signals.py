@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+RAISED_FOR: list[signal.Signals] = []  # in this process: imports may swallow what is raised in them
+WORKING: list[bool] = []  # not empty while there is something to clean up
 PAUSE = 3.0  # seconds in which a signal that comes again says nothing new
 
 
@@ -27,30 +29,47 @@ class Interrupted(SystemExit):
 
 
 @contextmanager
-def unwinding(numbers: tuple[signal.Signals, ...], leave_ignored: bool = False) -> Iterator[None]:
+def unwinding(numbers: tuple[signal.Signals, ...], process: bool = False) -> Iterator[None]:
     """Within this context each of these signals raises `Interrupted`, or `KeyboardInterrupt` where it is SIGINT alone.
 
     A process forked from this one, such as a worker of a data loader, leaves it to this one.
 
     Args:
         numbers: of the signals.
-        leave_ignored: ignore them afterwards, for the process is about to end.
+        process: this process ends with the context: until `working` it ends at once, for raised in an import of C++ an
+            exception aborts it; afterwards signals are ignored.
     """
     if threading.current_thread() is not threading.main_thread():  # Python sets handlers in the main thread alone
         yield
         return
-    process, last = os.getpid(), -PAUSE
+    own, last = os.getpid(), -PAUSE
 
-    def raise_once(number: int, frame: FrameType | None) -> None:
+    def answer(number: int, frame: FrameType | None) -> None:
         nonlocal last
-        if os.getpid() == process and time.monotonic() - last > PAUSE:
-            last = time.monotonic()
-            raise KeyboardInterrupt if numbers == (signal.SIGINT,) else Interrupted(number)
+        if os.getpid() != own or time.monotonic() - last <= PAUSE:
+            return
+        last = time.monotonic()
+        stop = Interrupted(number)
+        if process and not WORKING and len(numbers) > 1:
+            os.write(2, f"error: {stop}\n".encode())
+            os._exit(stop.code)
+        RAISED_FOR.append(stop.signal)
+        raise KeyboardInterrupt if numbers == (signal.SIGINT,) else stop
 
     heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # not in the background
-    before = {number: signal.signal(number, raise_once) for number in heard}
+    before = {number: signal.signal(number, answer) for number in heard}
     try:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if leave_ignored else handler)
+            signal.signal(number, signal.SIG_IGN if process else handler)
+
+
+@contextmanager
+def working() -> Iterator[None]:
+    """Within this context there is something to clean up, or to save."""
+    WORKING.append(True)
+    try:
+        yield
+    finally:
+        WORKING.pop()

@@ -12,7 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from elastic_lightning.callbacks.saving import BatchCheckpoint
 from elastic_lightning.errors import UserError
-from elastic_lightning.signals import STOPPING, Interrupted
+from elastic_lightning.signals import RAISED_FOR, STOPPING, Interrupted
 
 
 class Preempted(SystemExit):
@@ -48,7 +48,8 @@ class Preemption(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not earlier: Lightning has just put its own handlers in, and gives back what was there when training ends.
-        self.received = signal.SIGTERM if trainer.received_sigterm else None
+        swallowed = RAISED_FOR[0] if RAISED_FOR else None  # in what came before
+        self.received = signal.SIGTERM if trainer.received_sigterm else swallowed
         self._process, self._says = os.getpid(), trainer.is_global_zero
         if threading.current_thread() is threading.main_thread():
             heard = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]

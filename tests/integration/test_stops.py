@@ -1,16 +1,19 @@
 """Runs that are asked to stop, at once or when their batch is saved, and runs that ended before they saved anything."""
 
+import contextlib
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from lightning import Trainer
 
 from elastic_lightning.algorithms import PPO
+from elastic_lightning.callbacks import Preemption
 from elastic_lightning.cli import main
 from elastic_lightning.errors import UserError
 from elastic_lightning.outputs import check_free, ended_unsaved
@@ -82,10 +85,9 @@ def test_a_signal_before_the_first_batch_leaves_nothing(name, toy_fit, tmp_path,
 
 @pytest.mark.parametrize("name", SOON)
 def test_signals_are_heard_before_anything_is_imported(name):
-    """A process of its own, whose work is to sleep: nothing of it has loaded torch."""
+    """A process of its own, which sleeps where others import torch: raised in there, an exception may abort it."""
     work = "import os, sys, time; from elastic_lightning import cli; cli._run = lambda *a: os.write(1, b'now\\n') and "
-    script = work + "time.sleep(60); sys.argv[1:] = ['fit']; status = cli.main(); print('torch' in sys.modules); "
-    script += "time.sleep(0.5); sys.exit(status)"
+    script = work + "time.sleep(60); sys.argv[1:] = ['fit']; sys.exit(cli.main())"
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, "-c", script], **options)
     assert process.stdout.readline() == "now\n"
@@ -93,7 +95,29 @@ def test_signals_are_heard_before_anything_is_imported(name):
         process.send_signal(getattr(signal, name))
         time.sleep(0.02)
     out, error = process.communicate(timeout=60)
-    assert (process.returncode, out, error) == (SOON[name], "False\n", f"error: stopped by {name}\n")
+    assert (process.returncode, out, error) == (SOON[name], "", f"error: stopped by {name}\n")
+
+
+@pytest.mark.parametrize("error", [RecursionError, None])
+def test_what_an_import_makes_of_a_signal_is_no_way_around_it(error, monkeypatch, capsys):
+    """numpy's names are imported when they are asked for: interrupted there, it raised a RecursionError."""
+
+    def importing(command, argv):
+        with contextlib.suppress(SystemExit):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        if error:
+            raise error
+        callback.on_train_start(SimpleNamespace(received_sigterm=False, is_global_zero=True), None)
+        callback.teardown(None, None, "fit")
+        return 0
+
+    callback = Preemption()
+    monkeypatch.setattr("elastic_lightning.cli._run", importing)
+    status = main(["fit"])
+    if error:
+        assert (status, capsys.readouterr().err) == (1, "error: stopped by SIGUSR1\n")
+    else:
+        assert callback.received == signal.SIGUSR1  # and ends at its first batch
 
 
 def test_a_run_that_died_before_its_first_checkpoint_begins_again(toy_fit, tmp_path, monkeypatch, capsys):
