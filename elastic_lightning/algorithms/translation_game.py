@@ -189,8 +189,8 @@ class TranslationGame(PPO):
     def _translations(self, messages: list[str], references: Responses) -> list[str]:
         """What the receiver says to B messages: no row more than LONGER than its own reference, whatever its batch."""
         limits = references.mask.sum(dim=1, keepdim=True) + LONGER
-        if self.receiver.lm.longest_text is not None:
-            limits = limits.clamp(max=self.receiver.lm.longest_text)
+        if self.receiver.lm.longest_target is not None:
+            limits = limits.clamp(max=self.receiver.lm.longest_target)
         sources = self.receiver.read(messages)
         tokens, mask = self.receiver.greedy(sources, int(limits.max()))
         within = torch.arange(mask.shape[1], device=mask.device) < limits

@@ -71,9 +71,12 @@ class TranslationModel(SupervisedModule):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         check_task(self.trainer)
-        context, data = self.lm.longest_text, getattr(self.trainer, "datamodule", None)
-        longest = {f"data's {name}": getattr(data, name, None) for name in ("max_prompt_tokens", "max_target_tokens")}
-        for name, length in {**longest, "max_new_tokens": self.max_new_tokens}.items():
+        data, source, target = getattr(self.trainer, "datamodule", None), self.lm.longest_source, self.lm.longest_target
+        for name, length, context in (
+            ("data's max_prompt_tokens", getattr(data, "max_prompt_tokens", None), source),
+            ("data's max_target_tokens", getattr(data, "max_target_tokens", None), target),
+            ("max_new_tokens", self.max_new_tokens, target),
+        ):
             if None not in (length, context) and length > context:
                 raise UserError(f"{name} {length} is longer than the model's context {context}")
         for logger in self.trainer.loggers:

@@ -200,6 +200,9 @@ def from_architecture(
             # Its decoder starts as Marian's and T5's do, and ends where it likes.
             special |= {"decoder_start_token_id": tokenizer.pad_token_id, "forced_eos_token_id": None}
         config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **special, **options, **fields})
+        text = config.get_text_config()
+        if text is not config and not config.is_encoder_decoder:  # what the tokenizer says would be of no part
+            raise UserError(f"it has several parts: give the type of the one for text, as {text.model_type}")
         how = {"dtype": getattr(torch, source.dtype), "attn_implementation": attention_of(source)}
         return fuse_gelu(auto_class.from_config(config, **how))
     except Exception as error:  # see `readable`

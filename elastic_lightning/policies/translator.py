@@ -24,8 +24,8 @@ class Translator(nn.Module):
     def read(self, texts: list[str]) -> Prompts:
         """B texts as sources."""
         rows = self.lm.encode_rows(self.tokenizer, texts)
-        if self.lm.longest_text is not None:
-            rows = truncated(rows, self.lm.longest_text)
+        if self.lm.longest_source is not None:
+            rows = truncated(rows, self.lm.longest_source)
         return Prompts(*self._placed(pad(rows, self.tokenizer.pad_token_id, left=True)))
 
     def write(self, texts: list[str]) -> Responses:

@@ -97,7 +97,7 @@ def test_sources_that_contradict_themselves(options, part):
 
 
 def test_unknown_architectures_and_wrong_sizes(tokenizer_folder):
-    for wrong in ({"model_type": "no_such_type"}, {**GPT2, "n_head": 3}):
+    for wrong in ({"model_type": "no_such_type"}, {**GPT2, "n_head": 3}, {"model_type": "gemma3"}):
         with pytest.raises(UserError) as error:
             load_policy(architecture=wrong, tokenizer=tokenizer_folder)
         one_line(error, "cannot build the architecture", wrong["model_type"])

@@ -18,6 +18,7 @@ from elastic_lightning.policies import (
     ModelSource,
     RolloutCopy,
     Sampling,
+    Translator,
     as_policy,
     load_policy,
     load_tokenizer,
@@ -64,9 +65,12 @@ def test_a_value_head_has_the_width_of_what_it_reads(name):
     ],
     ids=["mpt", "longrope", "led source", "led target", "switch"],
 )
-def test_texts_that_do_not_fit_are_refused_also_by_the_sampler(model, fits, too_long):
+def test_texts_that_do_not_fit_are_refused_also_by_the_sampler(model, fits, too_long, word_tokenizer):
     lm = as_policy(build(*model))
     lm.check_context(*fits)
+    if model[0] == "led":  # a translator reads as much as its encoder can
+        tokenizer = word_tokenizer(eos_token="<eos>", pad_token="<pad>")
+        assert Translator(lm, tokenizer).read(["w5 " * 200]).tokens.shape == (1, 128)
     with pytest.raises(UserError, match="context is"):
         lm.check_context(*too_long)
     if model[0] != "switch_transformers":
