@@ -13,6 +13,7 @@ from elastic_lightning.outputs import check_absent, check_writable
 from elastic_lightning.terminal import plain
 
 PAD, EOS = "<pad>", "<eos>"
+FILES = ("tokenizer.json", "tokenizer_config.json")  # of a tokenizer that is saved
 
 
 def train_bpe(texts: Iterable[str], vocabulary: int, lower_case: bool = False) -> PreTrainedTokenizerBase:
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
     check_writable(output, "the tokenizer")
     if (output / "config.json").exists():
         raise UserError(f"{output} holds a model, whose tokenizer would be written over: choose another --output")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in FILES:
         check_absent(output / name, arguments.force)
     tokenizer = parser.instantiate_classes(arguments).data.train_tokenizer(arguments.vocabulary)
     tokenizer.save_pretrained(arguments.output)

@@ -4,17 +4,21 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import yaml
 from ended import gone
 from pipeline_world import run, stage, traces, write
 
+from elastic_lightning.data.tokenizers import FILES
 from elastic_lightning.errors import UserError
 from elastic_lightning.evaluation import pipeline as pipelines
 from elastic_lightning.evaluation.runs import event_folders
 from elastic_lightning.evaluation.stages import read_pipeline
 from elastic_lightning.evaluation.tax import find
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 LOCK = ".elastic-lightning.lock"
 
 
@@ -180,3 +184,12 @@ def test_a_stage_is_no_pipeline(world):
     with pytest.raises(UserError, match="stage 'one': a stage cannot be a pipeline"):
         read_pipeline(world / "pipeline.yaml")
     assert not (world / "out").exists()
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.rglob("pipeline*.yaml")), ids=lambda file: file.parent.name)
+def test_a_tokenizer_of_ours_can_be_trained_again(file):
+    """What `tokenizer` would not write over are all of it products of the stage, which are moved aside."""
+    for settings in yaml.safe_load(file.read_text())["stages"].values():
+        if settings["command"] == "tokenizer":
+            products = settings["produces"] if isinstance(settings["produces"], list) else [settings["produces"]]
+            assert {product.rpartition("/")[2] for product in products} == set(FILES)
