@@ -11,7 +11,7 @@ from elastic_lightning.errors import UserError
 from elastic_lightning.functional import token_logprobs
 from elastic_lightning.metrics import TokenPerplexity
 from elastic_lightning.policies import ModelSource, as_policy, load_source
-from elastic_lightning.policies.language_model import context_length
+from elastic_lightning.policies.checked_model import context_length
 
 
 class LanguageModel(SupervisedModule):

@@ -29,7 +29,7 @@ from elastic_lightning.algorithms.precision import warn_of_emulation, warn_of_lo
 from elastic_lightning.algorithms.schedules import Schedule, check_end, schedule_factor
 from elastic_lightning.checks import check_counts
 from elastic_lightning.errors import NotFinite, UserError
-from elastic_lightning.policies.language_model import context_length
+from elastic_lightning.policies.checked_model import context_length
 from elastic_lightning.ranks import mean_of_ranks
 
 

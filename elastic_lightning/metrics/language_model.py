@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import CausalLM, Prompts, Responses, load_policy
-from elastic_lightning.policies.language_model import context_length
+from elastic_lightning.policies.checked_model import context_length
 from elastic_lightning.policies.special_tokens import Frame
 
 

@@ -15,8 +15,9 @@ from elastic_lightning.errors import UserError
 from elastic_lightning.functional import TokenStatistics
 from elastic_lightning.policies.batches import Prompts, Responses, right_padded
 from elastic_lightning.policies.cache import PreallocatedLayer
+from elastic_lightning.policies.checked_model import context_length
 from elastic_lightning.policies.encoding import encode_source
-from elastic_lightning.policies.language_model import PolicyLM, context_length
+from elastic_lightning.policies.language_model import PolicyLM
 from elastic_lightning.policies.layers import checkpointed
 from elastic_lightning.policies.reading import usable
 from elastic_lightning.policies.text import Texts, decode_apart
