@@ -29,11 +29,7 @@ from elastic_lightning.endings import end_launched, restoring
 from elastic_lightning.errors import UserError
 from elastic_lightning.locks import locked
 from elastic_lightning.mistakes import as_line, foreign_errors_as_lines, foreign_line
-from elastic_lightning.outputs import (
-    check_absent,
-    check_writable,
-    write_whole,
-)
+from elastic_lightning.outputs import UNSAVED, check_absent, check_writable, write_whole
 from elastic_lightning.policies.checkpoints import read_checkpoint
 from elastic_lightning.processes import child_environment
 from elastic_lightning.resume import (
@@ -225,6 +221,8 @@ class ElasticCLI(LightningCLI):
             self._say(begin(folder, self._get(self.config, "force"), saves))
         try:
             self.trainer.fit(**arguments)
+            if first and folder and trainer.global_step > 0:  # of another run's end none is saved here
+                (folder / UNSAVED).unlink(missing_ok=True)
         except Preempted as stop:
             if first:
                 print(f"{stop}\nresume with: {resume_line(self.argv)}", flush=True)

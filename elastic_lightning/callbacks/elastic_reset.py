@@ -10,6 +10,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
+from elastic_lightning.callbacks.saving import export
 from elastic_lightning.callbacks.weight_members import are_of, weights_of
 from elastic_lightning.callbacks.weight_sets import UpdateOn, WeightSets
 from elastic_lightning.callbacks.weight_store import part
@@ -211,18 +212,16 @@ class EMAOnly(WeightSets):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         folder = trainer.log_dir  # asked for on every rank: the first one tells the others
-        sharded = type(trainer.strategy).__name__ == "ModelParallelStrategy"  # then every rank holds a part
-        writes = trainer.is_global_zero or sharded
 
         def write() -> None:
             _settle_all(trainer)
             with self.average_weights():
-                pl_module.save_pretrained(f"{folder}/ema")
+                export(trainer, pl_module, Path(folder) / "ema")
 
         if self.save and folder and not trainer.fast_dev_run and hasattr(pl_module, "save_pretrained"):
             self.settle()
             alike(self._check_average)
-            alike(write if writes else lambda: None)
+            alike(write)
 
     def _swap(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the average of this module in place, if there is one: the first sanity check comes before it."""

@@ -106,17 +106,19 @@ class SavePretrained(Callback):
         if folder is None:
             raise UserError("SavePretrained needs a run folder: give the trainer a logger, or the callback a `folder`")
         alike(lambda: check_finite_weights(trained_weights(pl_module)))
-        alike(lambda: self._write(trainer, pl_module, Path(folder) / name))
+        alike(lambda: export(trainer, pl_module, Path(folder) / name, adapter=self.adapter))
 
-    def _write(self, trainer: Trainer, pl_module: LightningModule, target: Path) -> None:
-        first, fresh = trainer.is_global_zero, target.with_name(f"{target.name}.writing")
-        if first:
-            shutil.rmtree(fresh, ignore_errors=True)
-        if first or type(trainer.strategy).__name__ == "ModelParallelStrategy":  # then every rank holds a part
-            pl_module.save_pretrained(fresh, adapter=self.adapter)
-        if first:
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(fresh, target)
+
+def export(trainer: Trainer, pl_module: LightningModule, target: Path, **options: Any) -> None:
+    """Write the module's folder, in the place of an older one when it is whole; to be called on every rank."""
+    first, fresh = trainer.is_global_zero, target.with_name(f"{target.name}.writing")
+    if first:
+        shutil.rmtree(fresh, ignore_errors=True)
+    if first or type(trainer.strategy).__name__ == "ModelParallelStrategy":  # then every rank holds a part
+        pl_module.save_pretrained(fresh, **options)
+    if first:
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(fresh, target)
 
 
 class BatchCheckpoint(Checkpoint):

@@ -13,14 +13,16 @@ CHUNK = 2**22  # bytes hashed at a time
 
 
 def write_sums(folder: Path, files: list[Path], add: bool = False) -> None:
-    """Keep the SHA-256 of files of weights in their folder, beside those that stand there or in their place.
+    """Keep the SHA-256 of files of weights in their folder, in the place of what stands there or, to `add`, beside it.
 
     Safetensors have no checksum of their own. Writing and checking take about a second for 1.5 GB on a CPU that knows
     SHA-256, three without.
     """
-    lines = "".join(f"{_sha256(file)}  {file.name}\n" for file in files)
-    with (folder / SUMS).open("a" if add else "w", encoding="utf-8") as sums:
-        sums.write(lines)
+    before = (folder / SUMS).read_text("utf-8").splitlines(keepends=True) if add else []
+    names = {file.name for file in files}  # of which a sum may be there, of what they held before
+    lines = [line for line in before if line.rstrip().partition("  ")[2] not in names]
+    lines += [f"{_sha256(file)}  {file.name}\n" for file in files]
+    (folder / SUMS).write_text("".join(lines), "utf-8")
 
 
 def check_sums(folder: str | Path) -> None:

@@ -1,6 +1,8 @@
 """Weight callbacks over a run's life: validation with the average, checkpoints, hooks and telemetry."""
 
+import hashlib
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from plain_loop import DECAY, assert_same, loop
 from elastic_lightning import ElasticReset
 from elastic_lightning.callbacks import EMAAnchor, EMAOnly, HareTortoise, ReferenceReset, ResetToInitial
 from elastic_lightning.errors import UserError
+from elastic_lightning.policies import load_policy
 
 # Validation with the average -------------------------------------------------------------------------------------
 
@@ -94,6 +97,39 @@ def test_the_average_is_saved(lab, tmp_path, logger):
     for name, value in callback.ema.items():
         torch.testing.assert_close(saved[name.removeprefix("model.")], value, atol=0, rtol=0)
         assert name.endswith("wpe.weight") or not torch.equal(value, before[name])
+
+
+def test_a_saved_average_takes_the_place_of_an_older_one_when_it_is_whole(lab, tmp_path, logger):
+    module, callback = lab.ppo(), EMAOnly(decay=DECAY)
+    trainer = lab.fit(module, tmp_path, [callback], logger=logger)
+    before = contents(tmp_path / "run" / "ema")
+
+    def dies(folder):
+        Path(folder).mkdir(exist_ok=True)
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    module.save_pretrained = dies
+    with pytest.raises(KeyboardInterrupt):
+        callback.on_train_end(trainer, module)
+    assert contents(tmp_path / "run" / "ema") == before
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_sums_are_those_of_the_files_that_were_saved_last(lab, tmp_path, times):
+    module = lab.ppo()
+    for _ in range(times):
+        with torch.no_grad():
+            for parameter in module.actor.parameters():
+                parameter += 0.1
+        module.save_pretrained(tmp_path)
+    sums = sorted(line.split() for line in (tmp_path / "SHA256SUMS").read_text().splitlines())
+    assert sums == sorted([hashlib.sha256(f.read_bytes()).hexdigest(), f.name] for f in tmp_path.glob("*.safetensors"))
+    load_policy(str(tmp_path))
 
 
 # State -----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -111,3 +112,15 @@ def test_what_was_measured_is_not_written_over(command, name, link, toy_fit, tmp
     assert main([*toy_fit(command=command), "--force"]) == 0
     assert file.read_text()[0] == "{" and not file.is_symlink() and mine.read_text() == "mine"
     assert [path.name for path in file.parent.iterdir()] == [name]
+
+
+def test_what_a_run_made_of_the_end_of_another_one_is_not_cleared(finished, toy_fit, capsys):
+    """It trains nothing, and so saves no checkpoint of its own; its `final` is no remains of one that was killed."""
+    arguments = [*toy_fit(version="third"), CALLBACKS]
+    assert main([*arguments, f"--ckpt_path={finished}/checkpoints/batch_000004.ckpt"]) == 0
+    folder = finished.with_name("third")
+    before = contents(folder)
+    assert Path("final/model.safetensors") in before
+    assert main(arguments) == 1
+    assert "already holds a run" in capsys.readouterr().err.splitlines()[-1]
+    assert contents(folder) == before
