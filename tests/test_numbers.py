@@ -86,6 +86,12 @@ def test_a_number_is_a_number(value):
     assert not taken
 
 
+@pytest.mark.parametrize("data", [IMDBDataModule, StackExchangeDataModule])
+def test_a_block_holds_something_to_predict(data):
+    with pytest.raises(UserError, match="block_size must be 2 or more, got 1"):
+        data(block_size=1)
+
+
 def test_a_sandbox_ends_some_time():
     with pytest.raises(UserError, match="wall_seconds must be above 0 and at most"):
         Limits(wall_seconds=math.inf)

@@ -76,6 +76,7 @@ class ReviewsDataModule(TextDataModule):
     ) -> None:
         super().__init__(tokenizer, seed)
         check_counts("data's ", locals(), *SIZES)
+        check_counts("data's ", locals(), "block_size", least=2)  # the first token of a block has none before it
         if not 0 < prompt_fraction < 1:
             raise UserError(f"data's prompt_fraction must be between 0 and 1, got {prompt_fraction}")
         self.task, self.batch_size, self.eval_batch_size = task, batch_size, eval_batch_size

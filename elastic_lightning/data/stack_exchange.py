@@ -105,6 +105,7 @@ class StackExchangeDataModule(TextDataModule):
         sizes = ("batch_size", "eval_batch_size", "block_size", "max_tokens", "max_prompt_tokens", "per_question")
         sizes += ("limit_questions", "eval_questions", "eval_prompts", "eval_texts")
         check_counts("data's ", locals(), *sizes)
+        check_counts("data's ", locals(), "block_size", least=2)  # the first token of a block has none before it
         part = part or PART_OF_TASK.get(task)
         for name, choices in CHOICES.items():
             if locals()[name] not in choices:

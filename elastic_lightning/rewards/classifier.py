@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from elastic_lightning.checks import check_counts
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies.classifier import pad_like, trained_classifier
 from elastic_lightning.policies.loading import check_vocabulary, disable_dropout, load_tokenizer
@@ -55,8 +56,7 @@ class ClassifierReward(Reward):
             raise UserError(f"output must be probability or logit, got {output!r}")
         if on not in ("text", "response"):
             raise UserError(f"on must be text or response, got {on!r}")
-        if batch_size < 1:
-            raise UserError(f"batch_size must be 1 or more, got {batch_size}")
+        check_counts("", locals(), "max_length", "batch_size")
         source = ModelSource(path, dtype=dtype, trust_remote_code=trust_remote_code)
         self.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         self.model = self.load(source, self.tokenizer)

@@ -203,6 +203,9 @@ def test_wrong_options(tmp_path, classifier_folder):
         ClassifierReward(classifier_folder, on="prompt")
     with pytest.raises(UserError, match="batch_size"):
         ClassifierReward(classifier_folder, batch_size=0)
+    for length in (-5, 0):  # no text would be left of any
+        with pytest.raises(UserError, match="max_length must be 1 or more"):
+            ClassifierReward(classifier_folder, max_length=length)
 
 
 def test_out_of_memory_halves_the_batch_for_good_and_changes_no_score(classifier_folder):
