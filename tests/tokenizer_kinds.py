@@ -104,6 +104,9 @@ def save_kind(kind: str, folder: Path | str):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = auto.from_config(AutoConfig.for_model(model_type, vocab_size=rows, **size, **special)).eval()
+    if kind == "two ends":
+        with torch.no_grad():
+            model.lm_head.weight[ends] *= 3  # a response of random weights ends now and then
     model.generation_config = GenerationConfig(**special | {"eos_token_id": ends if len(ends) > 1 else ends[0]})
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
