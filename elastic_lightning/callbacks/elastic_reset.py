@@ -16,6 +16,7 @@ from elastic_lightning.callbacks.weight_sets import UpdateOn, WeightSets
 from elastic_lightning.callbacks.weight_store import part
 from elastic_lightning.errors import UserError
 from elastic_lightning.functional import copy_
+from elastic_lightning.outputs import check_folder
 from elastic_lightning.policies.checkpoints import read_checkpoint
 from elastic_lightning.ranks import alike
 
@@ -209,19 +210,31 @@ class EMAOnly(WeightSets):
         _settle_all(trainer)
         return self.average_weights()
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        target = self._target(trainer, pl_module)
+        if target is not None:
+            alike(lambda: check_folder(target))  # now, not when training has ended
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        folder = trainer.log_dir  # asked for on every rank: the first one tells the others
+        target = self._target(trainer, pl_module)
 
         def write() -> None:
             _settle_all(trainer)
             with self.average_weights():
-                export(trainer, pl_module, Path(folder) / "ema")
+                export(trainer, pl_module, target)
 
-        if self.save and folder and not trainer.fast_dev_run and hasattr(pl_module, "save_pretrained"):
+        if target is not None:
             self.settle()
             alike(self._check_average)
             alike(write)
+
+    def _target(self, trainer: Trainer, pl_module: LightningModule) -> Path | None:
+        """Where the average is saved at the end, if it is."""
+        folder = trainer.log_dir  # asked for on every rank: the first one tells the others
+        saves = self.save and folder and not trainer.fast_dev_run and hasattr(pl_module, "save_pretrained")
+        return Path(folder) / "ema" if saves else None
 
     def _swap(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the average of this module in place, if there is one: the first sanity check comes before it."""

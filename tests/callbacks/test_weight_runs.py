@@ -115,6 +115,15 @@ def test_a_saved_average_takes_the_place_of_an_older_one_when_it_is_whole(lab, t
     assert contents(tmp_path / "run" / "ema") == before
 
 
+def test_what_stands_in_the_place_of_a_saved_average_is_found_before_training(lab, tmp_path, logger):
+    module, before = lab.ppo(), lab.ppo()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "ema").write_text("mine")
+    with pytest.raises(UserError, match="ema is a file, and a folder is to be written there"):
+        lab.fit(module, tmp_path, [EMAOnly(decay=DECAY)], logger=logger)
+    assert_same(module.parameters(), [parameter.detach() for parameter in before.parameters()])
+
+
 def contents(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
