@@ -59,5 +59,5 @@ class ChunkedPPO(PPO):
 class WholePPO(PPO):
     """With `trainable_layers`, but every forward pass runs the frozen layers anew."""
 
-    def trunk_hidden(self, *args) -> Tensor | None:
+    def frozen_hidden(self, *args) -> Tensor | None:
         return None

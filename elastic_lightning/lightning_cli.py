@@ -28,7 +28,7 @@ from elastic_lightning.callbacks.run_log import logged_in
 from elastic_lightning.endings import end_launched, restoring
 from elastic_lightning.errors import UserError
 from elastic_lightning.locks import locked
-from elastic_lightning.mistakes import as_line, foreign_errors_as_lines, foreign_line
+from elastic_lightning.mistakes import CALLBACK_FIELDS, as_line, foreign_errors_as_lines, foreign_line
 from elastic_lightning.outputs import UNSAVED, check_absent, check_writable, write_whole
 from elastic_lightning.policies.checkpoints import read_checkpoint
 from elastic_lightning.processes import child_environment
@@ -93,6 +93,7 @@ class ElasticCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        check_callback_fields(self.argv)
         self.config = parser.parse_args(args)  # without Lightning's warning that sys.argv is there too
         settings = self.config[self.config["subcommand"]]
         callbacks = settings.trainer.callbacks or []
@@ -281,6 +282,15 @@ def run_lightning(argv: list[str]) -> None:
     """
     bound_command_lines()
     ElasticCLI(args=argv)
+
+
+def check_callback_fields(argv: list[str]) -> None:
+    """Refuse ``--trainer.callbacks.FIELD`` where no callback was given before it: it would be of the last one that a
+    configuration file happens to have."""
+    for index, argument in enumerate(argv):
+        given = any(earlier.startswith(("--trainer.callbacks+", "--trainer.callbacks=")) for earlier in argv[:index])
+        if argument.startswith("--trainer.callbacks.") and not given and "--trainer.callbacks" not in argv[:index]:
+            raise UserError(f"{plain(argument.split('=')[0])}: of which callback?{CALLBACK_FIELDS}")
 
 
 def _saving(callbacks: list[Callback]) -> list[Callback]:

@@ -226,7 +226,9 @@ def supervised(setup: Setup) -> dict[str, Any]:
 
 def classified(setup: Setup, **options: Any) -> dict[str, Any]:
     """PPO against a classifier."""
-    return ppo(setup, reward=ClassifierReward(str(setup.models / "classifier"), batch_size=3), **options)
+    reward = ClassifierReward(str(setup.models / "classifier"), batch_size=3)
+    reward.model.double()  # by itself: the reward keeps its precision where the module changes its own
+    return ppo(setup, reward=reward, **options)
 
 
 CASES: dict[str, Callable[[Setup], dict[str, Any]]] = {
@@ -236,13 +238,14 @@ CASES: dict[str, Callable[[Setup], dict[str, Any]]] = {
     "lora": lambda setup: ppo(setup, lora=True, sampling={"temperature": 0.7}),
     "random_length": lambda setup: ppo(setup, sampling={"random_length": (1, 6), "max_new_tokens": 6, "eos": False}),
     "micro_batches": lambda setup: ppo(setup, micro_batch_size=2, execution=Execution(trainable_layers=1)),
+    "rloo": lambda setup: ppo(setup, advantage="rloo", samples_per_prompt=2, mini_batches=2),
     "game": game,
     "supervised": supervised,
     "iterated": lambda setup: ppo(setup, resets=IteratedLearning(2, steps=2)),
 }
 
 
-SHARDED = {name: CASES[name] for name in ("plain", "early_stop", "lora", "random_length")}
+SHARDED = {name: CASES[name] for name in ("plain", "early_stop", "lora", "random_length", "rloo")}
 
 
 def ddp() -> dict[str, Any]:

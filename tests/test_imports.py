@@ -32,7 +32,7 @@ ALLOWED = {
     "run_folder": {"outputs", "resume", "signals"},
     "endings": {"mistakes"},
     "metrics": BASE | {"policies"},
-    "policies": BASE,
+    "policies": BASE | {"ranks"},
     "rewards": BASE | {"policies", "ranks"},
     "algorithms": MODELS | {"ranks"},
     "callbacks": MODELS | {"outputs", "ranks", "signals"},

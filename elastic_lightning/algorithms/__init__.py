@@ -2,8 +2,8 @@
 
 from elastic_lightning.algorithms.execution import Execution
 from elastic_lightning.algorithms.language_model import LanguageModel
-from elastic_lightning.algorithms.ppo import PPO
-from elastic_lightning.algorithms.ppo_config import PPOConfig
+from elastic_lightning.algorithms.ppo.config import PPOConfig
+from elastic_lightning.algorithms.ppo.module import PPO
 from elastic_lightning.algorithms.preference_model import PreferenceModel
 from elastic_lightning.algorithms.reward_model import LabelledTexts, RewardModel
 from elastic_lightning.algorithms.supervised import AdamWConfig

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from typing import Any, TypeVar
 
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import LoRA, ModelSource
@@ -46,3 +47,11 @@ def from_plain(kind: type[T], value: T | Mapping[str, Any]) -> T:
     if kind is ModelSource and fields.get("lora") is not None:
         fields["lora"] = from_plain(LoRA, fields["lora"])
     return kind(**fields)
+
+
+def save_plain_hyperparameters(module: LightningModule, ignore: Sequence[str] = ()) -> None:
+    """`save_hyperparameters`, with dataclasses as dicts: a checkpoint must load with ``weights_only=True``."""
+    module.save_hyperparameters(ignore=[*ignore])
+    for name, value in list(module.hparams.items()):
+        if is_dataclass(value):
+            module.hparams[name] = asdict(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from elastic_lightning.algorithms.hyperparameters import check_task, from_plain
+from elastic_lightning.algorithms.hyperparameters import check_task, from_plain, save_plain_hyperparameters
 from elastic_lightning.algorithms.supervised import AdamWConfig, SupervisedModule
 from elastic_lightning.errors import UserError
 from elastic_lightning.functional import token_logprobs
@@ -28,7 +28,7 @@ class LanguageModel(SupervisedModule):
         """
         super().__init__()
         policy, optimizer = from_plain(ModelSource, policy), from_plain(AdamWConfig, optimizer)
-        self.save_plain_hyperparameters()
+        save_plain_hyperparameters(self)
         loaded = load_source(policy)
         if loaded.model.config.is_encoder_decoder:
             raise UserError(f"{type(loaded.model).__name__} is an encoder-decoder: see TranslationModel")

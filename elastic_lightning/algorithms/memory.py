@@ -1,13 +1,10 @@
-"""What a run holds in memory between its steps: freed pages of a CPU, and weights that autocast has cast."""
+"""What a run holds in memory between its steps: freed pages of a CPU."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-import torch
 from lightning import Trainer
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # parameters of glibc's mallopt, from malloc.h
@@ -33,20 +30,3 @@ def keep_freed_memory() -> bool:
     if mallopt is None or tuned or ENVIRONMENT & os.environ.keys():
         return False
     return all(mallopt(*setting) for setting in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**26)))
-
-
-@contextmanager
-def weights_cast_once(device_type: str) -> Iterator[None]:
-    """Within this context autocast, where it is on, casts each trained weight once: for code that changes none.
-
-    Lightning turns that cache off, as a weight may change between two forward passes. The arithmetic is the same.
-    """
-    if not torch.is_autocast_enabled(device_type):
-        yield
-        return
-    torch.clear_autocast_cache()
-    try:
-        with torch.autocast(device_type, torch.get_autocast_dtype(device_type), cache_enabled=True):
-            yield
-    finally:
-        torch.clear_autocast_cache()  # only the outermost context would do so

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from elastic_lightning.algorithms.hyperparameters import check_task, from_plain
+from elastic_lightning.algorithms.hyperparameters import check_task, from_plain, save_plain_hyperparameters
 from elastic_lightning.algorithms.supervised import AdamWConfig, SupervisedModule, check_texts_fit
 from elastic_lightning.errors import UserError
 from elastic_lightning.functional import bradley_terry_loss, right_pairs
@@ -43,7 +43,7 @@ class PreferenceModel(SupervisedModule):
         if margin_weight < 0:
             raise UserError(f"margin_weight must be 0 or more, got {margin_weight}")
         classifier, optimizer = from_plain(ModelSource, classifier), from_plain(AdamWConfig, optimizer)
-        self.save_plain_hyperparameters()
+        save_plain_hyperparameters(self)
         self.tokenizer = load_tokenizer(
             classifier.tokenizer or classifier.path, trust_remote_code=classifier.trust_remote_code
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
-from elastic_lightning.algorithms.hyperparameters import check_task, from_plain
+from elastic_lightning.algorithms.hyperparameters import check_task, from_plain, save_plain_hyperparameters
 from elastic_lightning.algorithms.supervised import AdamWConfig, SupervisedModule, check_texts_fit
 from elastic_lightning.policies import ModelSource, load_tokenizer
 from elastic_lightning.policies.classifier import new_classifier, pad_like
@@ -39,7 +39,7 @@ class RewardModel(SupervisedModule):
         """
         super().__init__()
         classifier, optimizer = from_plain(ModelSource, classifier), from_plain(AdamWConfig, optimizer)
-        self.save_plain_hyperparameters()
+        save_plain_hyperparameters(self)
         self.tokenizer = load_tokenizer(
             classifier.tokenizer or classifier.path, trust_remote_code=classifier.trust_remote_code
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -200,10 +200,3 @@ class SupervisedModule(LightningModule):
         from elastic_lightning.policies.saving import save_model
 
         save_model(self.model, self.tokenizer, folder, adapter)
-
-    def save_plain_hyperparameters(self) -> None:
-        """`save_hyperparameters`, with dataclasses as dicts: a checkpoint must load with ``weights_only=True``."""
-        self.save_hyperparameters()
-        for name, value in list(self.hparams.items()):
-            if is_dataclass(value):
-                self.hparams[name] = asdict(value)

@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
 
+from elastic_lightning.algorithms.base import PolicyModule, tokens_of_a_rank
 from elastic_lightning.algorithms.execution import Execution
 from elastic_lightning.algorithms.game_metrics import GameMetrics
 from elastic_lightning.algorithms.hyperparameters import from_plain
-from elastic_lightning.algorithms.minibatch import MiniBatch
-from elastic_lightning.algorithms.policy_module import tokens_of_a_rank
-from elastic_lightning.algorithms.ppo import PPO
-from elastic_lightning.algorithms.ppo_config import PPOConfig
+from elastic_lightning.algorithms.ppo.config import PPOConfig
+from elastic_lightning.algorithms.ppo.experience import make_experience, shape_scores
+from elastic_lightning.algorithms.ppo.rollout import ScoredRollout, gather_each, of_all_ranks, repeated
+from elastic_lightning.algorithms.ppo.update import PolicyObjective, TrainingBatch, update
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import (
     GameEvaluationBatch,
@@ -33,13 +34,63 @@ from elastic_lightning.policies import (
 )
 from elastic_lightning.policies.reference import ReferenceKind
 from elastic_lightning.policies.saving import save_model
-from elastic_lightning.ranks import sum_of_ranks
+from elastic_lightning.ranks import alike, several, sum_of_ranks
 from elastic_lightning.rewards import ReferenceLikelihood, Scores
 
 LONGER = 20  # tokens that a translation may have beyond its reference
 
 
-class TranslationGame(PPO):
+class GameBatch(NamedTuple):
+    """What sender and receiver learn from, row by row: a PPO batch, and messages with their references."""
+
+    sender: TrainingBatch
+    lesson: PairedTexts
+
+    def lengths(self) -> tuple[Tensor, Tensor]:
+        """Of the sender's prompts and messages."""
+        return self.sender.lengths()
+
+    def rows(self, index: Tensor, prompt: int, response: int) -> GameBatch:
+        """The given rows, without columns that are padding in all of them."""
+        return GameBatch(self.sender.rows(index, prompt, response), self.lesson.rows(index).trimmed())
+
+
+class GameObjective:
+    """The sender's PPO loss, the receiver's cross-entropy on its messages, and both's on supervised pairs.
+
+    Args:
+        sender: the policy's objective.
+        receiver: what learns from the messages; None where it is frozen.
+        supervised: translators and the pairs that they are supervised with, by name.
+        weight: of the supervised losses.
+    """
+
+    def __init__(
+        self,
+        sender: PolicyObjective,
+        receiver: Translator | None,
+        supervised: dict[str, tuple[Translator, PairedTexts]],
+        weight: float,
+    ) -> None:
+        self.sender, self.receiver, self.supervised, self.weight = sender, receiver, supervised, weight
+
+    def token_counts(self, batch: GameBatch) -> Tensor:
+        return torch.cat([self.sender.token_counts(batch.sender), batch.lesson.target.mask.sum().float()[None]])
+
+    def __call__(self, batch: GameBatch, counts: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, measured = self.sender(batch.sender, counts)
+        if self.receiver is None:
+            return loss, measured
+        receiver_loss = self.receiver.nll(batch.lesson) / counts[1]
+        return loss + receiver_loss, measured | {"receiver_loss": receiver_loss.detach()}
+
+    def beside(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        for name, (translator, pairs) in self.supervised.items():
+            loss = translator.nll(pairs) / sum_of_ranks(pairs.target.mask.sum().float())
+            yield f"supervised_{name}_loss", loss, self.weight * loss
+
+
+class TranslationGame(PolicyModule):
     """Sender and receiver of FR -> EN -> DE (Lee et al. 2019, arXiv:1909.04499; Lu et al. 2020, arXiv:2003.12694).
 
     The sender is a policy: it is trained by PPO (REINFORCE with a learned baseline is one epoch of one mini-batch) on
@@ -102,53 +153,65 @@ class TranslationGame(PPO):
         self.receiver_learning_rate = receiver_learning_rate
         self.supervised_weight = supervised_weight
         self.policy_metrics = GameMetrics(self.actor.lm.vocabulary, metrics)
-        self._supervised: dict[str, PairedTexts] = {}  # of the batch in hand
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:
             raise UserError("TranslationGame is not sharded, its two translators fit one device: use ddp")
 
-    # What the two learn from ------------------------------------------------------------------------------------
+    # One batch --------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: PairedTexts | dict[str, PairedTexts], batch_idx: int) -> None:
+        with self.ppo_batch():
+            # 1. Prompts: the game's source texts. The rows of all ranks make one PPO batch.
+            game = repeated(_pairs(batch), self.config.samples_per_prompt)
+            first_row = self.check_prompts(game.source)
+            # 2. Messages.
+            with self.timed("rollout"):
+                decoded = self.rollout(game.source, first_row)
+            with self.timed("scoring"):
+                # 3. What the receiver makes of them, and what it will learn from.
+                texts, scores = alike(lambda: self.score_batch(game, decoded.responses))
+                lesson = self.lesson(game, texts)
+                # 4. How likely the sender's reference finds them.
+                rollout, deviation = self.recompute(game.source, decoded)
+                reference_logprobs = self.reference_logprobs(game.source, rollout.responses)
+                scored = of_all_ranks(
+                    ScoredRollout(game.source, rollout, scores, reference_logprobs, deviation=deviation)
+                )
+                lesson = paired_texts_of_all_ranks(lesson)
+            # 5. Advantages of the sender's tokens.
+            total = shape_scores(scored.scores.total, scored.rollout, self.config, self.drawn_tokens.eos_token_id)
+            coefficient = self.kl_controller.coefficient
+            experience = make_experience(scored.rollout, total, scored.reference_logprobs, coefficient, self.config)
+            # 6. Both learn in the same optimizer steps.
+            with self.timed("update"):
+                training_batch = TrainingBatch(scored.prompts, scored.rollout, experience)
+                losses = update(self, GameBatch(training_batch, lesson), self._objective(batch))
+            # 7. The log.
+            self.log_ppo_batch(scored, experience, losses)
 
     def prompts(self, batch: PairedTexts | GameEvaluationBatch | dict[str, PairedTexts]) -> Prompts:
         return _pairs(batch).source
 
-    def score(self, batch: Any, responses: Responses) -> tuple[Texts, Scores]:
+    def score_batch(self, batch: Any, responses: Responses) -> tuple[Texts, Scores]:
         texts = self.actor.lm.decode(self.tokenizer, self.prompts(batch), responses)
         return texts, Scores(self.reward(texts.responses, _pairs(batch).target), {})
 
-    def pairs(self, batch: Any, texts: Texts) -> PairedTexts | None:
-        """The messages and the references: what the receiver learns from."""
-        if self.receiver_learning_rate is None:
-            return None
-        return PairedTexts(self.receiver.read(texts.responses), _pairs(batch).target)
+    def lesson(self, game: PairedTexts, texts: Texts) -> PairedTexts:
+        """The sampled messages and the references: what the receiver learns from."""
+        return PairedTexts(self.receiver.read(texts.responses), game.target)
 
-    def training_step(self, batch: PairedTexts | dict[str, PairedTexts], batch_idx: int) -> None:
-        known = batch if isinstance(batch, dict) and self.supervised_weight > 0 else {}
+    def _objective(self, batch: PairedTexts | dict[str, PairedTexts]) -> GameObjective:
+        """What a batch is learned from: the game, and the supervised pairs that stand beside it."""
         learns = {"fr_en": not self.freeze_sender, "en_de": self.receiver_learning_rate is not None}
-        self._supervised = {name: pairs for name, pairs in known.items() if learns.get(name)}
-        super().training_step(batch, batch_idx)
-
-    def _token_counts(self, batch: MiniBatch) -> Tensor:
-        counts = super()._token_counts(batch)
-        return counts if batch.pairs is None else torch.cat([counts, batch.pairs.target.mask.sum().float()[None]])
-
-    def _loss_share(self, batch: MiniBatch, counts: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, measured = super()._loss_share(batch, counts)
-        if batch.pairs is None:
-            return loss, measured
-        receiver_loss = self.receiver.nll(batch.pairs) / counts[1]
-        return loss + receiver_loss, measured | {"receiver_loss": receiver_loss.detach()}
-
-    def _gradient_beside(self) -> dict[str, Tensor]:
-        losses = {}
-        for name, pairs in self._supervised.items():
-            translator = {"fr_en": self.sender, "en_de": self.receiver}[name]
-            loss = translator.nll(pairs) / sum_of_ranks(pairs.target.mask.sum().float())
-            with self._no_gradient_sync():
-                self.manual_backward(self.supervised_weight * loss * self.trainer.world_size)
-            losses[f"supervised_{name}_loss"] = loss.detach()
-        return losses
+        known = batch if isinstance(batch, dict) and self.supervised_weight > 0 else {}
+        supervised = {name: pairs for name, pairs in known.items() if learns.get(name)}
+        return GameObjective(
+            PolicyObjective(self.actor, self.config, self.sampling.temperature),
+            self.receiver if self.receiver_learning_rate is not None else None,
+            {name: ({"fr_en": self.sender, "en_de": self.receiver}[name], pairs) for name, pairs in supervised.items()},
+            self.supervised_weight,
+        )
 
     def imitation_losses(self, batch: Any, targets: Responses) -> Iterator[Tensor]:
         """First the sender's, from what its teacher said; then the receiver's, from what the new sender says."""
@@ -226,6 +289,13 @@ def _pairs(batch: PairedTexts | GameEvaluationBatch | dict[str, PairedTexts]) ->
     """Source and target of the game in any batch."""
     batch = batch["game"] if isinstance(batch, dict) else batch
     return batch.pairs if isinstance(batch, GameEvaluationBatch) else batch
+
+
+def paired_texts_of_all_ranks(pairs: PairedTexts) -> PairedTexts:
+    """The rows of all ranks in their order."""
+    if not several():
+        return pairs
+    return PairedTexts(gather_each(pairs.source, left=True), gather_each(pairs.target))
 
 
 def _named(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:

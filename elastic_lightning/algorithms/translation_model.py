@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic_lightning.algorithms.hyperparameters import check_task, from_plain
+from elastic_lightning.algorithms.hyperparameters import check_task, from_plain, save_plain_hyperparameters
 from elastic_lightning.algorithms.supervised import AdamWConfig, SupervisedModule
 from elastic_lightning.errors import UserError
 from elastic_lightning.metrics import CorpusBLEU, TokenPerplexity
@@ -53,7 +53,7 @@ class TranslationModel(SupervisedModule):
             if value < 1:
                 raise UserError(f"{name} must be 1 or more, got {value}")
         policy, optimizer = from_plain(ModelSource, policy), from_plain(AdamWConfig, optimizer)
-        self.save_plain_hyperparameters()
+        save_plain_hyperparameters(self)
         loaded = load_source(policy)
         if not loaded.model.config.is_encoder_decoder:
             raise UserError(f"{type(loaded.model).__name__} is no encoder-decoder: see LanguageModel")

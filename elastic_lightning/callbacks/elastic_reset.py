@@ -44,17 +44,6 @@ class ElasticReset(WeightSets):
 
     uses_initial = True
 
-    def __init__(
-        self,
-        every: int,
-        decay: float = 0.995,
-        update_on: UpdateOn = "optimizer_step",
-        parameters: list[str] | None = None,
-        offload: bool = False,
-        buffers: bool = False,
-    ) -> None:
-        super().__init__(decay, every, update_on, parameters, offload, buffers)
-
     def reset(self) -> None:
         copy_(self.online, self.ema)
         copy_(self.ema, self.initial)
@@ -62,17 +51,6 @@ class ElasticReset(WeightSets):
 
 class HareTortoise(WeightSets):
     """online <- ema every `every` batches; the average goes on (https://arxiv.org/abs/2406.02596)."""
-
-    def __init__(
-        self,
-        every: int,
-        decay: float = 0.995,
-        update_on: UpdateOn = "optimizer_step",
-        parameters: list[str] | None = None,
-        offload: bool = False,
-        buffers: bool = False,
-    ) -> None:
-        super().__init__(decay, every, update_on, parameters, offload, buffers)
 
     def reset(self) -> None:
         copy_(self.online, self.ema)
@@ -85,7 +63,7 @@ class ResetToInitial(WeightSets):
     uses_initial = True
 
     def __init__(self, every: int, parameters: list[str] | None = None, buffers: bool = False) -> None:
-        super().__init__(decay=0.0, every=every, parameters=parameters, buffers=buffers)
+        super().__init__(every, decay=0.0, parameters=parameters, buffers=buffers)
 
     def reset(self) -> None:
         copy_(self.online, self.initial)
@@ -100,7 +78,7 @@ class ReferenceReset(WeightSets):
     moves_reference = True
 
     def __init__(self, every: int, parameters: list[str] | None = None) -> None:
-        super().__init__(decay=0.0, every=every, parameters=parameters)
+        super().__init__(every, decay=0.0, parameters=parameters)
 
     def reset(self) -> None:
         copy_(self.reference, self.online)
@@ -116,7 +94,7 @@ class EMAAnchor(WeightSets):
     def __init__(
         self, decay: float = 0.995, update_on: UpdateOn = "optimizer_step", parameters: list[str] | None = None
     ) -> None:
-        super().__init__(decay, every=None, update_on=update_on, parameters=parameters)
+        super().__init__(None, decay, update_on=update_on, parameters=parameters)
 
     def after_update(self) -> None:
         copy_(self.reference, self.ema)
@@ -150,7 +128,7 @@ class EMAOnly(WeightSets):
         offload: bool = False,
         buffers: bool = False,
     ) -> None:
-        super().__init__(decay, None, update_on, parameters, offload, buffers)
+        super().__init__(None, decay, update_on, parameters, offload, buffers)
         self.validate, self.save = validate, save
         self._swapped = None
 

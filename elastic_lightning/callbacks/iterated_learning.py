@@ -42,7 +42,7 @@ class IteratedLearning(WeightSets):
     def __init__(
         self, every: int, steps: int, learning_rate: float = 1e-4, parameters: list[str] | None = None
     ) -> None:
-        super().__init__(decay=0.0, every=every, parameters=parameters)
+        super().__init__(every, decay=0.0, parameters=parameters)
         if not 1 <= steps <= every:
             raise UserError(f"IteratedLearning: steps must be between 1 and every ({every}), got {steps}")
         if not learning_rate > 0:

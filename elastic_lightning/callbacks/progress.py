@@ -153,6 +153,8 @@ class RunProgress(ProgressBar):
 
     def _stop(self, metrics: str | None = None) -> None:
         if self._bar is not None:
+            if metrics is not None:
+                self._bar.update(self._task, metrics=metrics)
             self._bar.stop()
             self._bar = self._task = None
         elif metrics is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from lightning import LightningModule, Trainer
 from torch.optim import Optimizer
@@ -13,12 +13,30 @@ from elastic_lightning.callbacks.stopwatch import Stopwatch
 from elastic_lightning.callbacks.weight_keeper import WeightKeeper
 from elastic_lightning.callbacks.weight_members import BufferWatch
 from elastic_lightning.callbacks.weight_steps import StepHooks, StepsTaken, drop_gradients
-from elastic_lightning.callbacks.weight_telemetry import log
+from elastic_lightning.callbacks.weight_telemetry import log, reward_and_kl
 from elastic_lightning.errors import UserError
 from elastic_lightning.ranks import alike
 
 UpdateOn = Literal["optimizer_step", "batch"]
 FLAT_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy")
+
+
+class ResetState(NamedTuple):
+    """What is known at the end of a training batch, the same on all ranks.
+
+    Attributes:
+        batches: training batches seen, with this one.
+        updates: steps of the average.
+        resets: so far.
+        reward: last logged ``train/reward``; None where the module logs none.
+        kl: last logged ``train/kl``, nats per response; None where the module logs none.
+    """
+
+    batches: int
+    updates: int
+    resets: int
+    reward: float | None = None
+    kl: float | None = None
 
 
 class WeightSets(WeightKeeper):
@@ -40,13 +58,13 @@ class WeightSets(WeightKeeper):
     where something changed the weights in between, it starts anew, and a line says so. Another module has a clock of
     its own, from 0. A checkpoint that is loaded, be it to be measured, brings its sets and its clock.
 
-    Subclasses override `reset` (and, to follow the average, `after_update`), and may override `before_reset` and
-    `after_reset`. Other callbacks and the module itself are told too: their methods ``on_before_reset(trainer,
-    pl_module)`` and ``on_after_reset(trainer, pl_module)`` are called where they have them.
+    **What a subclass decides.** `reset` moves weights; `should_reset` and `should_update` say when; `after_update`
+    follows the average; `before_reset` and `after_reset` stand around a reset. Other callbacks and the module are told
+    too: their ``on_before_reset(trainer, pl_module)`` and ``on_after_reset(...)`` are called where they have them.
 
     Args:
+        every: training batches between resets; None never resets, where `should_reset` does not say otherwise.
         decay: of the average: ``ema = decay * ema + (1 - decay) * online``.
-        every: training batches between resets; None never resets.
         update_on: move the average after each optimizer step or after each training batch.
         parameters: patterns such as ``sender.*`` that select among the names; all by default.
         offload: keep the sets in CPU memory, pinned on CUDA, and move the average there beside the training; it takes
@@ -67,8 +85,8 @@ class WeightSets(WeightKeeper):
 
     def __init__(
         self,
-        decay: float,
         every: int | None,
+        decay: float = 0.995,
         update_on: UpdateOn = "optimizer_step",
         parameters: list[str] | None = None,
         offload: bool = False,
@@ -91,7 +109,18 @@ class WeightSets(WeightKeeper):
     # To override ------------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Move weights; called at the end of batch every, 2 * every, ..."""
+        """Move weights; called at the end of a batch for which `should_reset` is true."""
+
+    def should_reset(self, state: ResetState) -> bool:
+        """Whether to reset at the end of this training batch: by default after batch every, 2 * every, ...
+
+        Asked once a batch, on every rank; all must answer alike, as they do from what `state` holds.
+        """
+        return self.every is not None and state.batches % self.every == 0
+
+    def should_update(self, moment: UpdateOn) -> bool:
+        """Whether the average moves after an optimizer step, or at the end of a batch."""
+        return self.update_on == moment
 
     def after_update(self) -> None:
         """Called after each update of the average."""
@@ -134,10 +163,10 @@ class WeightSets(WeightKeeper):
         skipped = getattr(pl_module, "batch_skipped", False)
         if not skipped:
             self._telemetry.after_batch(trainer, pl_module)
-        if self.uses_ema and self.update_on == "batch" and not skipped and not self._steps.none:
+        if self.uses_ema and self.should_update("batch") and not skipped and not self._steps.none:
             self.update()
         self._steps.next_batch()
-        if self.every is not None and self.batches % self.every == 0:
+        if self.should_reset(ResetState(self.batches, self.updates, self.resets, **reward_and_kl(trainer))):
             self._reset(trainer, pl_module)
         self._buffer_watch.look(pl_module)
         self.seconds = self._stopwatch.read()
@@ -169,7 +198,7 @@ class WeightSets(WeightKeeper):
         """What is called after a step of an optimizer."""
 
         def follow(optimizer: Optimizer) -> None:
-            if not self.uses_ema or not self._steps.took(optimizer) or self.update_on != "optimizer_step":
+            if not self.uses_ema or not self._steps.took(optimizer) or not self.should_update("optimizer_step"):
                 return
             names = self._members.moved_by(optimizer, self.online)
             if names and not getattr(pl_module, "batch_skipped", False):
@@ -193,7 +222,7 @@ class WeightSets(WeightKeeper):
 
     @property
     def next_reset(self) -> int | None:
-        """Training batches until the next reset; None where there is none."""
+        """Training batches until the next reset of the clock; None where there is none."""
         return None if self.every is None else self.every - self.batches % self.every
 
     def _reset(self, trainer: Trainer, pl_module: LightningModule) -> None:

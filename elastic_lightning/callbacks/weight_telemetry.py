@@ -24,14 +24,14 @@ class ResetTelemetry:
     def after_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what came of a reset at the end of the batch before."""
         if self.watched:
-            self._log(trainer, pl_module, {f"{name}_after": value for name, value in _watch(trainer).items()})
+            self._log(trainer, pl_module, {f"{name}_after": value for name, value in reward_and_kl(trainer).items()})
             self.watched = {}
 
     def reset(
         self, trainer: Trainer, pl_module: LightningModule, count: int, before: float | None, after: float | None
     ) -> None:
         """Log one reset; the distances are None where theta_0 is not kept."""
-        self.watched = _watch(trainer)
+        self.watched = reward_and_kl(trainer)
         distances = {} if before is None else {"distance_before": before, "distance_after": after}
         watched = {f"{name}_before": value for name, value in self.watched.items()}
         self._log(trainer, pl_module, {"count": float(count)} | distances | watched)
@@ -52,7 +52,7 @@ def log(trainer: Trainer, pl_module: LightningModule, values: dict[str, float]) 
             logger.log_metrics(values, step=step)
 
 
-def _watch(trainer: Trainer) -> dict[str, float]:
-    """Reward and KL of the last training batch."""
+def reward_and_kl(trainer: Trainer) -> dict[str, float]:
+    """Reward and KL of the last training batch, where the module logs them."""
     metrics = trainer.callback_metrics
     return {short: float(metrics[name]) for short, name in WATCHED.items() if name in metrics}

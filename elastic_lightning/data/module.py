@@ -9,7 +9,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from elastic_lightning.algorithms.policy_module import PolicyModule
+from elastic_lightning.algorithms.base import PolicyModule
 from elastic_lightning.callbacks.position import Position
 from elastic_lightning.checks import check_seed
 from elastic_lightning.data.loader import ResumableLoader

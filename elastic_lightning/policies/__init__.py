@@ -10,6 +10,7 @@ from elastic_lightning.policies.loading import LoadedPolicy, as_policy, load_pol
 from elastic_lightning.policies.pairs import GameEvaluationBatch, PreferenceBatch, TranslationBatch
 from elastic_lightning.policies.reference import AdapterOff, FrozenCopy, make_reference
 from elastic_lightning.policies.rollout_copy import RolloutCopy
+from elastic_lightning.policies.sampler import Sampler
 from elastic_lightning.policies.sampling import Rollout, Sampling, counter_uniforms, draw, draw_lengths, greedy, sample
 from elastic_lightning.policies.seq2seq import Seq2SeqLM
 from elastic_lightning.policies.sources import LoRA, ModelSource
@@ -34,6 +35,7 @@ __all__ = [
     "Responses",
     "Rollout",
     "RolloutCopy",
+    "Sampler",
     "Sampling",
     "Seq2SeqLM",
     "Texts",

@@ -14,26 +14,26 @@ from elastic_lightning.policies.language_model import PolicyLM
 
 
 class Evaluation(NamedTuple):
-    """A policy's view of given responses, each [B, T]: log-probabilities and entropy in nats, and values."""
+    """A policy's view of given responses, each [B, T]: log-probabilities and entropy in nats, and a critic's values."""
 
     logprobs: Tensor
     entropy: Tensor
-    values: Tensor
+    values: Tensor | None
 
 
 class ActorCritic(nn.Module):
-    """A language model with a value head on its last hidden state.
+    """A language model with a value head on its last hidden state; without one where no `critic` is wanted.
 
     The head starts at zero, so the first advantages are the rewards themselves. `separate_value_trunk` gives the value
     function a transformer of its own, a copy of the policy's: twice the memory and time, no interference.
     """
 
-    def __init__(self, lm: PolicyLM, separate_value_trunk: bool = False) -> None:
+    def __init__(self, lm: PolicyLM, separate_value_trunk: bool = False, critic: bool = True) -> None:
         super().__init__()
         self.lm = lm
-        self.value_head = nn.Linear(lm.hidden_size, 1)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
+        self.value_head = nn.Linear(lm.hidden_size, 1) if critic else None
+        for weight in [] if self.value_head is None else self.value_head.parameters():
+            nn.init.zeros_(weight)
         self.value_trunk = _trunk_copy(lm) if separate_value_trunk else None
 
     def forward(
@@ -62,14 +62,16 @@ class ActorCritic(nn.Module):
         statistics = self.lm.token_statistics(hidden, responses, temperature)
         return Evaluation(*statistics, self.values(prompts, responses, hidden, trunk))
 
-    def value(self, hidden: Tensor) -> Tensor:
-        """Values [...] of hidden states [..., H], in float32 under autocast too."""
+    def value(self, hidden: Tensor) -> Tensor | None:
+        """Values [...] of hidden states [..., H], in float32 under autocast too; None without a critic."""
+        if self.value_head is None:
+            return None
         with torch.autocast(hidden.device.type, enabled=False):
             return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
 
     def values(
         self, prompts: Prompts, responses: Responses, hidden: Tensor | None = None, trunk: Tensor | None = None
-    ) -> Tensor:
+    ) -> Tensor | None:
         """Values [B, T] before each response token; `hidden` are the policy's own states, where they are there."""
         if self.value_trunk is not None:
             hidden = self.lm.response_hidden(prompts, responses, self.value_trunk, trunk)

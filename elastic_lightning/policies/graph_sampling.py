@@ -82,12 +82,15 @@ class GraphSampler:
         decode = self._shapes[key]
         decode.start(prompts, uniforms, lengths)
         drawn = decode.run(int(lengths.max()))
-        return finish(self.policy, prompts, *(column[:, :drawn].clone() for column in decode.outputs))
+        columns = [column[:, :drawn].clone() for column in decode.outputs]
+        return finish(self.policy, prompts, *columns, *([None] if self.policy.value_head is None else []))
 
     def _addresses(self) -> tuple[int, ...]:
         """Where a captured step finds the weights: it would go on reading there when they have been moved away."""
         modules = (self.lm, self.policy.value_head)
-        read = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+        read = (
+            tensor for module in modules if module is not None for tensor in (*module.parameters(), *module.buffers())
+        )
         return tuple(tensor.data_ptr() for tensor in read)
 
 
@@ -110,10 +113,10 @@ class _StaticDecode:
         self.column = buffer(1)  # where in the cache that token goes
         self.position_ids = buffer(rows, 1)  # of that token
         self.mask = buffer(rows, 1, 1, capacity, dtype=torch.bool)
-        # tokens, mask, logprobs, values
-        self.outputs = tuple(
-            buffer(rows, steps, dtype=dtype) for dtype in (torch.int64, torch.bool, torch.float32, torch.float32)
-        )
+        # tokens, mask, logprobs, and values where there is a critic
+        types = [torch.int64, torch.bool, torch.float32, torch.float32]
+        types = types[:3] if sampler.policy.value_head is None else types
+        self.outputs = tuple(buffer(rows, steps, dtype=dtype) for dtype in types)
         self.cache = static_cache(sampler.lm, capacity, self.column)
         self.textless = None if sampler.textless is None else sampler.textless.to(device)
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -176,7 +179,7 @@ class _StaticDecode:
             choice.logprobs,
             choice.values,
         )
-        for output, column in zip(self.outputs, written, strict=True):
+        for output, column in zip(self.outputs, written, strict=False):  # no values without a critic
             output.index_copy_(1, self.position, column[:, None].to(output.dtype))
         for end in sampler.ends:
             self.alive &= choice.tokens != end

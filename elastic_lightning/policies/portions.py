@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from elastic_lightning.errors import UserError
 
@@ -29,6 +30,10 @@ class Portions:
     def __init__(self, size: int | None, what: str) -> None:
         self.size, self.what = size, what
         self.fixed = False
+
+    def over(self, function: Callable[..., T], *parts: Any) -> list[T]:
+        """`run` of a function of tensors and named tuples of tensors, each [B, ...]; one that is None stays None."""
+        return self.run(lambda rows: function(*(_take(part, rows) for part in parts)), len(parts[0][0]))
 
     def run(self, function: Callable[[slice], T], rows: int) -> list[T]:
         """The results of ``function(slice)`` over all rows, in order.
@@ -55,6 +60,13 @@ class Portions:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         return results
+
+
+def _take(part: Any, rows: slice) -> Any:
+    """Rows of a tensor, or of each of a named tuple's; None stays None."""
+    if part is None or isinstance(part, Tensor):
+        return None if part is None else part[rows]
+    return type(part)(*(tensor[rows] for tensor in part))
 
 
 def out_of_memory(error: BaseException) -> bool:

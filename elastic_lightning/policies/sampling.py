@@ -75,12 +75,13 @@ class Sampling:
 
 
 class Rollout(NamedTuple):
-    """Sampled responses, each [B, T], padded at the end: tokens, mask (True up to and with eos), logprobs, values."""
+    """Sampled responses, each [B, T], padded at the end: tokens, mask (True up to and with eos), logprobs, and the
+    critic's values, where there is one."""
 
     tokens: Tensor
     mask: Tensor
     logprobs: Tensor
-    values: Tensor
+    values: Tensor | None
 
     @property
     def responses(self) -> Responses:
@@ -88,11 +89,11 @@ class Rollout(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """One drawn token a row, its log-probability and the value before it, each [B]."""
+    """One drawn token a row, its log-probability and the value before it (None without a critic), each [B]."""
 
     tokens: Tensor
     logprobs: Tensor
-    values: Tensor
+    values: Tensor | None
 
 
 @torch.no_grad()
@@ -140,7 +141,8 @@ def sample(
             break
         if position + 1 < longest:
             hidden = lm.step(state, torch.where(alive, choice.tokens, 0))
-    return finish(policy, prompts, *(torch.stack(column, dim=1) for column in zip(*columns, strict=True)))
+    drawn = zip(*columns, strict=True)
+    return finish(policy, prompts, *(None if column[0] is None else torch.stack(column, dim=1) for column in drawn))
 
 
 @torch.no_grad()
@@ -197,12 +199,13 @@ def choose(
 
 
 def finish(
-    policy: ActorCritic, prompts: Prompts, tokens: Tensor, mask: Tensor, logprobs: Tensor, values: Tensor
+    policy: ActorCritic, prompts: Prompts, tokens: Tensor, mask: Tensor, logprobs: Tensor, values: Tensor | None
 ) -> Rollout:
     """The rollout of what was drawn, each [B, T]: 0 after the end, and the values of a trunk of their own."""
     if policy.value_trunk is not None:  # one parallel pass is cheaper than decoding a second trunk
         values = policy.values(prompts, Responses(tokens, mask))
-    return Rollout(tokens, mask, logprobs.masked_fill(~mask, 0), values.masked_fill(~mask, 0))
+    values = None if values is None else values.masked_fill(~mask, 0)
+    return Rollout(tokens, mask, logprobs.masked_fill(~mask, 0), values)
 
 
 def truncate(logits: Tensor, sampling: Sampling) -> Tensor:

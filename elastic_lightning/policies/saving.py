@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from elastic_lightning.errors import UserError
@@ -44,6 +45,14 @@ def save_model(
             model.config.save_pretrained(folder)  # the names of its labels: peft keeps none, the base model has others
     tokenizer.save_pretrained(folder)
     write_sums(Path(folder), sorted(Path(folder).glob("*.safetensors")))
+
+
+def save_value_head(weights: dict[str, Tensor], folder: Path) -> None:
+    """Write a value head beside its policy, where there is one."""
+    if weights:
+        file = folder / "value_head.safetensors"
+        save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, file)
+        write_sums(folder, [file], add=True)
 
 
 def for_plain_use(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> PreTrainedTokenizerBase:

@@ -27,6 +27,11 @@ class Scores(NamedTuple):
     components: dict[str, Tensor]
     valid: Tensor | None = None
 
+    def to(self, device: torch.device) -> Scores:
+        """The same on a device."""
+        components = {name: part.to(device) for name, part in self.components.items()}
+        return Scores(self.total.to(device), components, None if self.valid is None else self.valid.to(device))
+
 
 class Reward(nn.Module):
     """Base class: override `forward(prompts, responses) -> scores [B]`, with B texts each.

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from elastic_lightning.algorithms import PPO, PPOConfig
+from elastic_lightning.algorithms.ppo.update import TrainingBatch
 from elastic_lightning.policies import LoRA, ModelSource, Prompts, Sampling
 from elastic_lightning.rewards import Reward
 
@@ -42,9 +43,10 @@ class WordShare(Reward):
 class Recording(PPO):
     """Keeps what each PPO batch learned from."""
 
-    def update(self, batch):
+    def log_ppo_batch(self, scored, experience, losses):
+        batch = TrainingBatch(scored.prompts, scored.rollout, experience, scored.frozen_hidden)
         self.__dict__.setdefault("seen", []).append(batch)
-        return super().update(batch)
+        super().log_ppo_batch(scored, experience, losses)
 
 
 class Toy:
@@ -74,7 +76,7 @@ class Toy:
             )
         generator = torch.Generator().manual_seed(1)
         head = module.actor.value_head
-        for parameter in head.parameters():
+        for parameter in [] if head is None else head.parameters():
             parameter.data.copy_(head_noise * torch.randn(parameter.shape, generator=generator))
         return module
 

@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from elastic_lightning.algorithms import PPO, Execution
-from elastic_lightning.algorithms.minibatch import Lengths, micro_batches
+from elastic_lightning.algorithms.ppo.update import micro_batches
 from elastic_lightning.errors import UserError
 from elastic_lightning.policies import LoRA, ModelSource
 
@@ -19,7 +19,7 @@ def run(toy, root, batches=2, execution=None, replay=True, rows=7, **options):
     options = {"adam_eps": EPS, "micro_batch_size": 3} | options
     module = toy.ppo(execution=execution or Execution(), **options)
     if not replay:
-        module.trunk_hidden = lambda prompts, responses: None
+        module.frozen_hidden = lambda prompts, responses: None
     toy.perturb(module)
     trainer = toy.fit(module, root, [toy.prompts(rows=rows, seed=seed) for seed in range(batches)])
     return module, {name: value.item() for name, value in trainer.callback_metrics.items()}
@@ -27,8 +27,10 @@ def run(toy, root, batches=2, execution=None, replay=True, rows=7, **options):
 
 def parts_of(batch):
     """The micro-batches that the update would make of a batch in the order of its rows."""
-    rows = torch.arange(len(batch.prompts.tokens))
-    return [part for half in rows.tensor_split(2) for part in micro_batches(batch, half, Lengths.of(batch), 3)]
+    lengths = batch.lengths()
+    halves = torch.arange(len(batch.prompts.tokens)).tensor_split(2)
+    ordered = [half[sum(lengths)[half].argsort(stable=True)] for half in halves]
+    return [part for half in ordered for part in micro_batches(batch, half, lengths, 3)]
 
 
 def same(one, other, atol=3e-6):
@@ -189,15 +191,16 @@ def test_a_run_with_graphs_samples_what_it_learns_from(toy, tmp_path, precision,
 
 
 @pytest.mark.parametrize(("model", "captured"), [({"model_type": "gpt2"}, True), ({"model_type": "falcon"}, False)])
-def test_where_graphs_would_change_the_numbers_there_are_none(toy, monkeypatch, model, captured):
+def test_where_graphs_would_change_the_numbers_there_are_none(toy, model, captured):
     """What decides is asked on a CPU here; nothing is captured before something is sampled."""
     size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
     source = ModelSource(architecture={**model, **size, "alibi": True}, tokenizer=toy.folder)
     module = PPO(source, toy.reward_class())
-    assert module._graph_sampler(module.actor.lm, 9) is None
-    monkeypatch.setattr(PPO, "device", torch.device("cuda"))
-    assert [module._graph_sampler(module.actor.lm, 9) is not None for _ in range(2)] == [captured, captured]
-    assert PPO(source, toy.reward_class(), execution=Execution(cuda_graphs=False))._graph_sampler(None, 9) is None
+    lm, cuda = module.actor.lm, torch.device("cuda")
+    assert module.sample.captured(lm, 9, torch.device("cpu")) is None
+    assert [module.sample.captured(lm, 9, cuda) is not None for _ in range(2)] == [captured, captured]
+    without = PPO(source, toy.reward_class(), execution=Execution(cuda_graphs=False))
+    assert without.sample.captured(lm, 9, cuda) is None
 
 
 @pytest.mark.parametrize(

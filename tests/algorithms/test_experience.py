@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from elastic_lightning.algorithms.experience import explained_variance, make_experience, shape_scores
-from elastic_lightning.algorithms.ppo_config import PPOConfig
+from elastic_lightning.algorithms.ppo.config import PPOConfig
+from elastic_lightning.algorithms.ppo.experience import make_experience, shape_scores
+from elastic_lightning.algorithms.ppo.metrics import explained_variance
 from elastic_lightning.policies import Rollout
 
 EOS = 9

@@ -32,17 +32,16 @@ class Poisoned:
 
     def __init__(self, module, *where):
         self.module, self.where, self.step = module, set(where), {}
-        accumulate = module._accumulate_gradient
+        backward = module.manual_backward
 
-        def poisoned(parts):
-            statistics = accumulate(parts)
+        def poisoned(loss):
+            backward(loss)
             batch = module.ppo_step
             step = self.step[batch] = self.step.get(batch, -1) + 1
             if (batch, step) in self.where:
                 next(module.actor.lm.parameters()).grad[0] = math.inf
-            return statistics
 
-        module._accumulate_gradient = poisoned
+        module.manual_backward = poisoned
 
 
 def batches(toy, count):

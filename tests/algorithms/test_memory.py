@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from elastic_lightning.algorithms import PPO, LanguageModel, RewardModel, TranslationModel, memory
-from elastic_lightning.algorithms.memory import keep_freed_memory, weights_cast_once
+from elastic_lightning.algorithms.memory import keep_freed_memory
 from elastic_lightning.cli import main
+from elastic_lightning.policies.sampler import weights_cast_once
 
 # Prints the page faults of allocating 100 MB once more, before and after; a process of its own, for it is for good.
 FAULTS = """
@@ -86,11 +88,12 @@ def test_every_module_keeps_its_memory_when_it_trains_on_a_cpu(kind, monkeypatch
     monkeypatch.setattr(memory, "keep_freed_memory", lambda: kept.append(kind))
     module = kind.__new__(kind)
     nn.Module.__init__(module)
-    module.lm, module.initial, module.reference = SimpleNamespace(longest_text=None, model=None), None, None
+    module.lm = SimpleNamespace(longest_text=None, longest_source=None, longest_target=None, model=None)
+    module.initial = module.reference = None
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     trainer = SimpleNamespace(strategy=strategy, callbacks=[], loggers=[], datamodule=None, precision="32-true")
     monkeypatch.setattr(kind, "trainer", trainer)
-    monkeypatch.setattr(kind, "model", SimpleNamespace(config=SimpleNamespace()), raising=False)
+    monkeypatch.setattr(kind, "model", SimpleNamespace(config=PreTrainedConfig()), raising=False)
     module.max_new_tokens = 1
     module.setup("validate")
     assert not kept

@@ -63,16 +63,16 @@ def test_the_case_holds_early_ends_and_padding(any_toy, tmp_path):
 
 def test_dropout_in_the_update_alone_would_be_seen(toy, tmp_path):
     model = toy.ppo()
-    update = model.update
+    reference_logprobs = model.reference_logprobs
 
-    def with_dropout(batch):
+    def with_dropout(*inputs):  # from the last step before the update on
         for module in model.actor.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.1
         model.actor.train()
-        return update(batch)
+        return reference_logprobs(*inputs)
 
-    model.update = with_dropout
+    model.reference_logprobs = with_dropout
     with pytest.warns(UserWarning, match="ratio deviates"):
         trainer = toy.fit(model, tmp_path)
     assert trainer.callback_metrics["train/first_ratio_deviation"] > 0.05

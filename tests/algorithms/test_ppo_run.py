@@ -103,10 +103,10 @@ def test_target_kl_stops_the_update(toy, tmp_path):
     assert trainer.callback_metrics["train/stopped_early"] == 0 and trainer.global_step == 4
 
 
-def test_target_kl_counts_one_and_a_half_times(toy):
-    module = toy.ppo(target_kl=0.1)
-    assert not module._moved_too_far(torch.tensor(0.149)) and module._moved_too_far(torch.tensor(0.151))
-    assert not toy.ppo()._moved_too_far(torch.tensor(1e9))
+def test_target_kl_counts_one_and_a_half_times():
+    config = PPOConfig(target_kl=0.1)
+    assert not config.stops_update(0.149) and config.stops_update(0.151)
+    assert not PPOConfig().stops_update(1e9)
 
 
 def test_the_schedule_steps_once_a_batch(toy, tmp_path, logger, read_events):

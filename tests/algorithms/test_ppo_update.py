@@ -5,6 +5,9 @@ import math
 import pytest
 import torch
 
+from elastic_lightning.algorithms import PPOConfig
+from elastic_lightning.algorithms.ppo.update import mini_batches
+
 LR, CLIP, VALUE_CLIP, VALUE_COEFFICIENT, ENTROPY_COEFFICIENT = 5e-3, 0.1, 0.1, 0.3, 0.02
 GAMMA, LAM, BETA, MAX_NORM = 0.97, 0.9, 0.2, 0.8
 # A gradient that is only rounding (a key's bias has none) must not become a step of full size.
@@ -119,7 +122,8 @@ def test_whole_batch_against_brute_force(any_toy, tmp_path, temperature, micro):
     model.load_state_dict(module.actor.lm.model.state_dict())
     head = torch.nn.Linear(16, 1)
     head.load_state_dict(module.actor.value_head.state_dict())
-    orders = [part.tolist() for epoch in range(2) for part in module._permutation(5, epoch).tensor_split(2)]
+    every = torch.ones(5, dtype=torch.bool)
+    orders = [rows.tolist() for rows in mini_batches(module.sampling_seed, 0, every, module.config)]
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
     trainer = any_toy.fit(module, tmp_path, [batch])
@@ -140,13 +144,13 @@ def test_whole_batch_against_brute_force(any_toy, tmp_path, temperature, micro):
     assert max((parameter - start[name]).abs().max() for name, parameter in model.named_parameters()) > 1e-3
 
 
-def test_every_row_is_used_once_an_epoch_and_epochs_differ(toy):
-    module = toy.ppo()
-    orders = [module._permutation(16, epoch) for epoch in range(3)]
+def test_every_row_is_used_once_an_epoch_and_epochs_differ():
+    every, config = torch.ones(16, dtype=torch.bool), PPOConfig(epochs=3, mini_batches=1)
+    orders = list(mini_batches(0, 0, every, config))
     assert all(sorted(order.tolist()) == list(range(16)) for order in orders)
     assert not torch.equal(orders[0], orders[1]) and not torch.equal(orders[1], orders[2])
-    module.ppo_step = 1
-    assert not torch.equal(module._permutation(16, 0), orders[0])
+    assert not torch.equal(next(mini_batches(0, 1, every, config)), orders[0])
+    assert not torch.equal(next(mini_batches(1, 0, every, config)), orders[0])
 
 
 @pytest.mark.parametrize("trunk", [False, True])

@@ -83,8 +83,8 @@ def first_batch(module, data):
 def test_the_reward_is_the_receivers_likelihood(models, game, normalise):
     module = game(normalise_reward=normalise)
     batch = first_batch(module, world(models))
-    rollout = module.rollout(batch.source, step=0)
-    texts, scores = module.score(batch, rollout.responses)
+    rollout = module.sample(batch.source, step=0)
+    texts, scores = module.score_batch(batch, rollout.responses)
     plain, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(models[1]).eval(), module.receiver.tokenizer
     for row, english in enumerate(texts.responses):
         source = torch.tensor([[*tokenizer(english)["input_ids"], tokenizer.eos_token_id]])
@@ -120,8 +120,8 @@ def test_the_receivers_gradient_is_cross_entropy_on_what_was_sampled(models, gam
             n: p.grad.clone() for n, p in module.receiver.lm.model.named_parameters() if p.requires_grad
         }
 
-    pairs = module.pairs
-    module.pairs = lambda batch, texts: seen.setdefault("pairs", pairs(batch, texts))
+    lesson = module.lesson
+    module.lesson = lambda batch, texts: seen.setdefault("pairs", lesson(batch, texts))
     module.on_before_optimizer_step = keep
     metrics = fit(module, world(models, batches=1), tmp_path).callback_metrics
     plain = AutoModelForSeq2SeqLM.from_pretrained(models[1]).eval()

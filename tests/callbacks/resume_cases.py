@@ -201,7 +201,7 @@ def run(case: str, words: str, folder: Path, stop: Callback | None = None, resum
 def logged(folder: Path) -> dict[str, list[tuple[int, float]]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    accumulator = EventAccumulator(str(folder / "run"), size_guidance={"scalars": 0})
+    accumulator = EventAccumulator(str(folder / "run"), size_guidance={"scalars": 0}, purge_orphaned_data=False)
     accumulator.Reload()
     tags = [tag for tag in accumulator.Tags()["scalars"] if not tag.startswith("time/")]
     # Files of one second and one process are read in the order of their numbers as text.

@@ -1,7 +1,9 @@
 """What the tests of the sandbox need, and leave behind: nothing; and a folder for pipelines."""
 
+import os
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 from pipeline_world import SCRIPT
@@ -10,6 +12,22 @@ from trials import processes, wait_until
 from elastic_lightning.evaluation import pipeline as pipelines
 from elastic_lightning.evaluation import sandbox
 from elastic_lightning.evaluation.sandbox import missing_fences
+
+try:
+    import fcntl
+except ImportError:  # no POSIX, and no sandbox
+    fcntl = None
+
+
+@pytest.fixture(autouse=True)
+def one_at_a_time():
+    """What is counted here are processes of the machine: the workers of pytest wait for each other."""
+    if fcntl is None:
+        yield
+        return
+    with Path(tempfile.gettempdir(), f"elastic-lightning-tests-{os.getuid()}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def through(value):
     return wire.decode(message)
 
 
-@pytest.mark.parametrize("value", VALUES, ids=repr)
+@pytest.mark.parametrize("value", VALUES, ids=[f"{index} {type(value).__name__}" for index, value in enumerate(VALUES)])
 def test_values_come_back(value):
     assert through(value) == value
     assert repr(through(value)) == repr(value)  # the same types too

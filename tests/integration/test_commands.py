@@ -17,15 +17,17 @@ def scalars(folder):
     return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
+CALLBACKS = (
+    "--trainer.callbacks=[{class_path: ElasticReset, init_args: {every: 2}}, {class_path: SampleLogger}, "
+    "{class_path: SavePretrained, init_args: {monitor: val/reward}}, "
+    "{class_path: BatchCheckpoint, init_args: {every: 2}}]"
+)
+
+
 @pytest.fixture
 def finished(toy_fit, tmp_path):
     """A finished Elastic Reset run of four PPO batches, reset at every second."""
-    callbacks = (
-        "--trainer.callbacks=[{class_path: ElasticReset, init_args: {every: 2}}, {class_path: SampleLogger}, "
-        "{class_path: SavePretrained, init_args: {monitor: val/reward}}, "
-        "{class_path: BatchCheckpoint, init_args: {every: 2}}]"
-    )
-    assert main([*toy_fit(), callbacks]) == 0
+    assert main([*toy_fit(), CALLBACKS]) == 0
     return tmp_path / "run" / "seed_1"
 
 
@@ -91,8 +93,8 @@ def test_explicit_flags_win_over_a_checkpoint(finished, toy_fit, capsys):
 
 
 def test_resuming_continues_the_count(finished, toy_fit):
-    arguments = [*toy_fit(), f"--ckpt_path={finished}/checkpoints/batch_000002.ckpt", "--trainer.max_epochs=2"]
-    assert main(arguments) == 0
+    checkpoint = f"--ckpt_path={finished}/checkpoints/batch_000002.ckpt"
+    assert main([*toy_fit(), CALLBACKS, checkpoint, "--trainer.max_epochs=2"]) == 0
     assert max(scalars(finished)["train/reward"]) >= 4
 
 

@@ -40,18 +40,18 @@ def checkpoints(folder):
 
 @pytest.fixture
 def at_batch(monkeypatch):
-    """Have something happen inside the update of a PPO batch, by its number from 1."""
+    """Have something happen in the middle of a PPO batch, before its update, by its number from 1."""
 
     def install(number, action):
-        update = PPO.update
+        recompute = PPO.recompute
 
-        def acting(self, batch):
+        def acting(self, *inputs):
             if self.ppo_step == number - 1:
                 action()
-            return update(self, batch)
+            return recompute(self, *inputs)
 
-        monkeypatch.setattr(PPO, "update", acting)
-        return lambda: monkeypatch.setattr(PPO, "update", update)
+        monkeypatch.setattr(PPO, "recompute", acting)
+        return lambda: monkeypatch.setattr(PPO, "recompute", recompute)
 
     return install
 

@@ -50,7 +50,7 @@ def left(run):
 
 def test_ctrl_c_saves_and_says_how_to_go_on(toy_fit, tmp_path, monkeypatch, capfd):
     before = signal.getsignal(signal.SIGINT)
-    acting(monkeypatch, "update", 1, send("SIGINT"))
+    acting(monkeypatch, "recompute", 1, send("SIGINT"))
     assert main(toy_fit()) == 0
     out, err = capfd.readouterr()
     run = tmp_path / "run" / "seed_1"
@@ -62,7 +62,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(toy_fit, tmp_path, monkeypatch, capf
 
 
 def test_five_ctrl_c_end_at_once_in_one_line(toy_fit, tmp_path, monkeypatch, capfd):
-    acting(monkeypatch, "update", 2, send(*["SIGINT"] * 5))
+    acting(monkeypatch, "recompute", 2, send(*["SIGINT"] * 5))
     every = "--trainer.callbacks=[{class_path: BatchCheckpoint, init_args: {every: 1}}]"
     assert main([*toy_fit(), every]) == 130
     error = capfd.readouterr().err
@@ -123,11 +123,14 @@ def test_what_an_import_makes_of_a_signal_is_no_way_around_it(error, monkeypatch
 def test_a_run_that_died_before_its_first_checkpoint_begins_again(toy_fit, tmp_path, monkeypatch, capsys):
     """A kill leaves no time to clean up, which `os._exit` in a fork stands for."""
     run = tmp_path / "run" / "seed_1"
-    if os.fork() == 0:
-        acting(monkeypatch, "update", 2, lambda: os._exit(9))
-        main(toy_fit())
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.wait()[1]) == 9
+    child = os.fork()
+    if child == 0:
+        try:
+            acting(monkeypatch, "recompute", 2, lambda: os._exit(9))
+            main(toy_fit())
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     (run / "notes.txt").write_text("mine")
     dead = [path.name for path in run.glob("events.*")]
     assert dead and ended_unsaved(run)

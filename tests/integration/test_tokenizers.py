@@ -27,9 +27,9 @@ PROMPTS = ["the film", "it", "bad story about men", "one long film"]
 class Recording(PPO):
     """Keeps what it learned from."""
 
-    def update(self, batch):
-        self.__dict__["learned"] = batch
-        return super().update(batch)
+    def log_ppo_batch(self, scored, experience, losses):
+        self.__dict__["learned"] = scored
+        super().log_ppo_batch(scored, experience, losses)
 
 
 def trainer(**options):

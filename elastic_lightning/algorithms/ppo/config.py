@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from elastic_lightning.algorithms.hyperparameters import check_adam
+from elastic_lightning.algorithms.ppo.advantages import ESTIMATORS, WITH_CRITIC
 from elastic_lightning.algorithms.schedules import Schedule
 from elastic_lightning.checks import check_counts
 from elastic_lightning.errors import UserError
@@ -30,6 +31,10 @@ class PPOConfig:
         value_clip: values are clipped to within this of their rollout values; null turns it off.
         value_coefficient: weight of the value loss.
         entropy_coefficient: weight of the entropy bonus.
+        advantage: how advantages are estimated, see `algorithms.ppo.advantages`: gae and reinforce learn a value
+            function; rloo, grpo and dr_grpo compare the responses to one prompt and build none.
+        samples_per_prompt: responses to each prompt. A PPO batch is the data's batch times this. The three estimators
+            without a value function need two or more.
         gamma: discount.
         lam: lambda of generalised advantage estimation.
         kl_penalty: of the reward against the reference: fixed, adaptive (Ziegler et al. 2019) or none.
@@ -38,7 +43,8 @@ class PPOConfig:
         kl_target: nats per sequence the adaptive controller aims at.
         kl_horizon: episodes over which the adaptive controller moves.
         whiten_rewards: scale per-token rewards to unit variance.
-        whiten_advantages: shift and scale advantages to mean 0 and variance 1 over the whole batch and all ranks.
+        whiten_advantages: shift and scale advantages to mean 0 and variance 1 over the whole batch and all ranks; by
+            default where a value function is learned.
         reward_clip: scores are clipped to +- this.
         reward_baseline: subtracted from every score, e.g. the initial policy's mean.
         missing_eos_penalty: subtracted from the score of a response that did not end by itself.
@@ -64,6 +70,8 @@ class PPOConfig:
     value_clip: float | None = 0.2
     value_coefficient: float = 0.1
     entropy_coefficient: float = 0.0
+    advantage: str = "gae"
+    samples_per_prompt: int = 1
     gamma: float = 1.0
     lam: float = 0.95
     kl_penalty: KLPenalty = "fixed"
@@ -72,7 +80,7 @@ class PPOConfig:
     kl_target: float = 6.0
     kl_horizon: int = 10_000
     whiten_rewards: bool = False
-    whiten_advantages: bool = True
+    whiten_advantages: bool | None = None
     reward_clip: float | None = None
     reward_baseline: float = 0.0
     missing_eos_penalty: float = 0.0
@@ -91,7 +99,9 @@ class PPOConfig:
         for name, value in vars(self).items():
             if isinstance(value, float) and math.isnan(value):
                 raise UserError(f"ppo.{name} must be a number, got {value}")
-        check_counts("ppo.", vars(self), "epochs", "mini_batches", "micro_batch_size", "kl_horizon")
+        check_counts(
+            "ppo.", vars(self), "epochs", "mini_batches", "micro_batch_size", "samples_per_prompt", "kl_horizon"
+        )
         check_counts("ppo.", vars(self), "warmup", "max_skipped", least=0)
         for name in ("value_clip", "reward_clip", "target_kl", "max_grad_norm"):
             value = getattr(self, name)
@@ -107,6 +117,8 @@ class PPOConfig:
         for name, choice in choices.items():  # the command line knows them; python does not
             if getattr(self, name) not in get_args(choice):
                 raise UserError(f"ppo.{name} must be one of {get_args(choice)}, got {getattr(self, name)!r}")
+        if self.advantage not in ESTIMATORS:
+            raise UserError(f"ppo.advantage must be one of {(*ESTIMATORS,)}, got {self.advantage!r}")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"ppo.{name} must be in [0, 1], got {getattr(self, name)}")
@@ -116,6 +128,25 @@ class PPOConfig:
         for name in ("entropy_coefficient", "missing_eos_penalty", "reward_baseline"):  # what is below 0 has a meaning
             if not math.isfinite(getattr(self, name)):
                 raise UserError(f"ppo.{name} must be finite, got {getattr(self, name)}")
+
+        if not self.has_critic and self.samples_per_prompt < 2:
+            raise UserError(
+                f"ppo.advantage: {self.advantage} compares responses to one prompt: set ppo.samples_per_prompt above 1"
+            )
+
+    @property
+    def whitens_advantages(self) -> bool:
+        """`whiten_advantages`, or its default."""
+        return self.has_critic if self.whiten_advantages is None else self.whiten_advantages
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether the advantage estimator learns a value function."""
+        return self.advantage in WITH_CRITIC
+
+    def stops_update(self, approx_kl: float) -> bool:
+        """Whether a mini-batch's policy has moved too far from the rollout's, in nats per token."""
+        return self.target_kl is not None and approx_kl > 1.5 * self.target_kl
 
     def kl_controller(self) -> FixedKL | AdaptiveKL:
         """The controller that `kl_penalty` names."""
