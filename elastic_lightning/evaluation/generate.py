@@ -127,7 +127,8 @@ def load(path: str, trust_remote_code: bool = False) -> tuple[ActorCritic, PreTr
     except TypeError as error:
         raise UserError(f"{path} is not a checkpoint of a policy trained here: {error}") from error
     loaded = load_source(source)
-    policy = ActorCritic(as_policy(loaded.model), settings.get("separate_value_trunk", False)).eval()
+    critic = any(name.startswith("actor.value_head.") for name in checkpoint["state_dict"])  # RLOO and GRPO have none
+    policy = ActorCritic(as_policy(loaded.model), settings.get("separate_value_trunk", False), critic).eval()
     _load_trained(policy, checkpoint["state_dict"], path)
     return policy, loaded.tokenizer
 

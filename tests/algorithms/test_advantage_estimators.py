@@ -7,6 +7,7 @@ from elastic_lightning.algorithms import PPOConfig
 from elastic_lightning.algorithms.ppo.advantages import ESTIMATORS, WITH_CRITIC
 from elastic_lightning.algorithms.ppo.rollout import repeated
 from elastic_lightning.errors import UserError
+from elastic_lightning.evaluation.generate import load
 from elastic_lightning.policies import Prompts
 from elastic_lightning.rewards import Reward
 
@@ -69,6 +70,10 @@ def test_without_a_critic_none_is_built_logged_or_saved(toy, tmp_path, name):
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     weights = torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"]
     assert weights and not any("value" in key for key in weights)
+    loaded = load(str(tmp_path / "end.ckpt"))[0]  # what generate and evaluate do
+    assert loaded.value_head is None
+    for name_of, weight in module.actor.named_parameters():
+        assert torch.equal(dict(loaded.named_parameters())[name_of], weight)
     module.save_pretrained(tmp_path / "final")
     assert not (tmp_path / "final" / "value_head.safetensors").exists()
 
