@@ -8,6 +8,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 import torch
+from tensorboard.summary.writer import event_file_writer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -22,6 +23,8 @@ from transformers import (
 )
 
 torch.set_num_threads(1)
+# Event files of one second and one process are read in the order of their numbers as text, where 10 is before 9.
+event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)
 
 
 def pytest_runtest_setup(item):
